@@ -1,0 +1,188 @@
+"""Score: which tokens matter? Pure functions on tensors; every result is fp32 and higher means keep.
+
+Attention arrives as probabilities of a few rows [b, h, r, n] or as column sums [b, h, n] (see `keeprate.attention`),
+so that no function here needs an n x n matrix, `pagerank` apart.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def cls_attention(rows: torch.Tensor, prefix: int = 1) -> torch.Tensor:
+    """Attention from the class token to every patch, mean over heads and over the given rows.
+
+    Args:
+        rows: [b, h, r, n] probabilities of the class token's query row (r = 1), prefix tokens included in n.
+        prefix: Number of leading tokens (class, distillation, registers) that are not patches.
+
+    Returns:
+        [b, n - prefix].
+
+    Source: EViT, Liang et al. 2022, eq. 3 (mean over heads).
+    """
+    return rows.float().mean((1, 2))[:, prefix:]
+
+
+def received_attention(received: torch.Tensor, rows: int, prefix: int = 0) -> torch.Tensor:
+    """Attention that every token receives, mean over heads and query rows; works without a class token.
+
+    Args:
+        received: [b, h, n] column sums of the attention probabilities.
+        rows: Number of query rows that were summed.
+        prefix: Number of leading tokens to leave out of the result.
+
+    Returns:
+        [b, n - prefix].
+    """
+    return received.float().mean(1)[:, prefix:] / rows
+
+
+def value_norm(v: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of each token's value, heads concatenated: [b, g, n, d] -> [b, n]."""
+    return v.float().square().sum((1, 3)).sqrt()
+
+
+def pagerank(probs: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Weighted PageRank on the attention graph by power iteration, without damping.
+
+    s(0) = 1/n;  s(t+1)[j] = sum_i P[i, j] s(t)[i].
+
+    Args:
+        probs: [b, h, n, n] attention probabilities, rows sum to 1.
+        iterations: Power iterations; one from the uniform start is the attention received.
+
+    Returns:
+        [b, h, n], non-negative, each row sums to 1.
+
+    Raises:
+        ValueError: If iterations < 1.
+
+    Source: Zero-TPrune, Wang et al. 2024, section 3.2.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1; got {iterations}")
+    n = probs.shape[-1]
+    s = probs.new_full((*probs.shape[:2], 1, n), 1.0 / n, dtype=torch.float32)
+    for _ in range(iterations):
+        s = s @ probs.float()
+        s = s / s.sum(-1, keepdim=True)
+    return s.squeeze(2)
+
+
+def rms_of_heads(scores: torch.Tensor, low: float = 0.0, high: float = float("inf")) -> torch.Tensor:
+    """Root mean square over the heads whose scores vary by a useful amount.
+
+    The variance of a head is taken over its tokens after rescaling the head to mean 1; heads outside [low, high] are
+    left out, and all heads are used where none passes.
+
+    Args:
+        scores: [b, h, n].
+        low, high: Bounds on the variance.
+
+    Returns:
+        [b, n].
+
+    Source: Zero-TPrune, variance-based head filter and emphasising-informative-region aggregation.
+    """
+    scores = scores.float()
+    variance = (scores / scores.mean(-1, keepdim=True).clamp_min(1e-12)).var(-1, unbiased=False)
+    use = (variance >= low) & (variance <= high)
+    use = (use | ~use.any(1, keepdim=True)).float()[..., None]
+    return ((scores.square() * use).sum(1) / use.sum(1)).sqrt()
+
+
+def similarity(metric: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """Cosine similarity: metric [b, n, c] against other [b, m, c] (itself when None) -> [b, n, m]."""
+    a = F.normalize(metric.float(), dim=-1)
+    b = a if other is None else F.normalize(other.float(), dim=-1)
+    return a @ b.transpose(-1, -2)
+
+
+def energy(metric: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:
+    """Energy of a token: how many others resemble it. HIGH energy means redundant, so callers keep the lowest.
+
+    E[i] = mean_j f(cos(k_i, k_j)),  f(x) = x for x >= margin, alpha (exp(x - margin) - 1) below.
+
+    Args:
+        metric: [b, n, c].
+        margin: Similarity above which two tokens count as redundant.
+        alpha: Depth of the penalty for dissimilar tokens.
+
+    Returns:
+        [b, n].
+
+    Source: PiToMe, Tran et al. 2024, eq. 4.
+    """
+    sim = similarity(metric)
+    return torch.where(sim >= margin, sim, alpha * torch.expm1(sim - margin)).mean(-1)
+
+
+def density(x: torch.Tensor, neighbours: int = 5) -> torch.Tensor:
+    """Local density exp(-mean of the squared distances to the k nearest tokens, itself included).
+
+    Distances are Euclidean over sqrt(dim). A fixed slope of 1e-6 breaks ties in favour of earlier tokens (the published
+    code adds random noise of that size).
+
+    Args:
+        x: [b, n, d].
+        neighbours: k, at most n.
+
+    Returns:
+        [b, n].
+
+    Source: DPC-KNN as used by TCFormer, Zeng et al. 2022, eq. 1.
+    """
+    near = distance(x).topk(min(neighbours, x.shape[1]), largest=False).values
+    return near.square().mean(-1).neg().exp() - torch.linspace(0, 1e-6, x.shape[1], device=x.device)
+
+
+def separation(x: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
+    """Distance to the nearest token of higher density; the densest gets its greatest distance.
+
+    Args:
+        x: [b, n, d].
+        rho: [b, n] densities.
+
+    Returns:
+        [b, n].
+
+    Source: TCFormer, Zeng et al. 2022, eq. 2.
+    """
+    gap = distance(x)
+    denser = rho[:, None, :] > rho[:, :, None]  # b i j: j is denser than i
+    nearest = gap.masked_fill(~denser, float("inf")).amin(-1)
+    return torch.where(nearest.isinf(), gap.amax(-1), nearest)
+
+
+def distance(x: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances over sqrt(dim): [b, n, d] -> [b, n, n], exactly zero on the diagonal."""
+    x = x.float()
+    gap = torch.cdist(x, x) / x.shape[-1] ** 0.5
+    return gap.masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), 0.0)
+
+
+def random(shape: tuple[int, ...], generator: torch.Generator, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Uniform noise from the caller's own generator, drawn on the CPU so that every device sees the same."""
+    return torch.rand(shape, generator=generator).to(device)
+
+
+def radial(grid: tuple[int, int], norm: float = 2.0) -> torch.Tensor:
+    """Closeness to the centre of the image, the same for every input.
+
+    Args:
+        grid: Rows and columns of patches.
+        norm: 1, 2 or inf: the norm of the offset from the centre.
+
+    Returns:
+        [rows * cols], 0 at the centre and negative outwards.
+
+    Source: fixed radial baseline of Haurum et al. 2023 (2308.04657).
+    """
+    rows, cols = (torch.arange(side, dtype=torch.float32) - (side - 1) / 2 for side in grid)
+    offset = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)
+    return -torch.linalg.vector_norm(offset, ord=norm, dim=-1)
+
+
+def confidence(logits: torch.Tensor) -> torch.Tensor:
+    """Largest class probability of each token: [b, n, classes] -> [b, n]."""
+    return logits.float().softmax(-1).amax(-1)

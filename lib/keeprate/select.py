@@ -1,0 +1,368 @@
+"""Select: given a budget, which tokens are kept, or which kept token does every other one join?
+
+Selectors return sorted, unique positions [b, k], or labels [b, n] in 0..k-1. All are batched tensor code.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from keeprate import score
+
+
+def _check_scores(scores: torch.Tensor) -> None:
+    if scores.dim() != 2 or scores.shape[0] == 0 or scores.shape[1] == 0:
+        raise ValueError(f"scores must be [batch, tokens] and not empty; got {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError(f"scores hold NaN in samples {scores.isnan().any(1).nonzero().flatten().tolist()}")
+
+
+def _check_count(k: int, n: int, name: str = "k") -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"{name} must lie in 1..{n}, the number of tokens present; got {k}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Kept positions of a batch in which samples may keep different numbers.
+
+    Attributes:
+        index: [b, k] positions, sorted where valid; padding holds other unique positions of the sample.
+        valid: [b, k], False = padding; None when every sample keeps k.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor | None = None
+
+
+def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Positions of the k highest scores, sorted; ties go to the earlier token.
+
+    Args:
+        scores: [b, n].
+        k: 1..n.
+
+    Returns:
+        [b, k] sorted positions.
+
+    Raises:
+        ValueError: On NaN, an empty batch, or k outside 1..n.
+
+    Example:
+        >>> top_k(torch.tensor([[0.1, 0.9, 0.5]]), 2)
+        tensor([[1, 2]])
+    """
+    _check_scores(scores)
+    _check_count(k, scores.shape[1])
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+
+
+def ragged(keep: torch.Tensor) -> Kept:
+    """Positions of a boolean mask [b, n] whose rows may hold different numbers of True, padded to the most."""
+    count = keep.sum(1)
+    if (count == 0).any():
+        raise ValueError(f"every sample must keep a token; samples {(count == 0).nonzero().flatten().tolist()} do not")
+    most = int(count.max())
+    index = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+    valid = torch.arange(most, device=keep.device) < count[:, None]
+    return Kept(index, None if bool(valid.all()) else valid)
+
+
+def top_counts(scores: torch.Tensor, counts: torch.Tensor) -> Kept:
+    """Positions of the highest scores with a number of its own for every sample.
+
+    Args:
+        scores: [b, n].
+        counts: [b] integers in 1..n.
+    """
+    _check_scores(scores)
+    rank = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    return ragged(rank < counts[:, None])
+
+
+def threshold(scores: torch.Tensor, theta: float) -> Kept:
+    """Positions whose score is at least theta; the best token always stays."""
+    _check_scores(scores)
+    return ragged((scores >= theta).scatter(1, scores.argmax(1, keepdim=True), True))
+
+
+def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
+    """Adaptive sampling: k evenly spaced ordinates of the cumulative score each pick the nearest token.
+
+    Peaked scores make several ordinates pick the same token, so at most k are kept, and fewer the more peaked.
+
+    Args:
+        scores: [b, n], non-negative; need not be normalised.
+        k: Number of ordinates j/k, j = 1..k.
+        ascending: Accumulate in ascending order of score (the authors' code) instead of the given order.
+
+    Returns:
+        Unique kept positions, at most k per sample.
+
+    Source: ATS, Fayyaz et al. 2022, section 3.2.
+    """
+    _check_scores(scores)
+    _check_count(k, scores.shape[1])
+    if (scores < 0).any():
+        raise ValueError("inverse_cdf needs non-negative scores")
+    n = scores.shape[1]
+    order = (scores if ascending else torch.zeros_like(scores)).sort(dim=1, stable=True).indices
+    mass = scores.float().gather(1, order)
+    # tokens without mass (padding) stand before the first ordinate and must not be picked
+    cdf = (mass / mass.sum(1, keepdim=True).clamp_min(1e-12)).cumsum(1)
+    ordinate = (torch.arange(1, k + 1, device=scores.device) / k).expand(len(scores), k).contiguous()
+    right = torch.searchsorted(cdf.contiguous(), ordinate).clamp_max(n - 1)
+    left = (right - 1).clamp_min(0)
+    nearer_left = (ordinate - cdf.gather(1, left)).abs() < (cdf.gather(1, right) - ordinate).abs()
+    picked = torch.where(nearer_left & (mass.gather(1, left) > 0), left, right)
+    return ragged(torch.zeros_like(scores, dtype=torch.bool).scatter(1, order.gather(1, picked), True))
+
+
+def rank_bins(scores: torch.Tensor, bins: int) -> torch.Tensor:
+    """Bin of every token's rank, 0 = best: [b, n] -> [b, n] in 0..bins-1.
+
+    Source: ToP, Li et al. 2023 (ranking-binned gates).
+    """
+    _check_scores(scores)
+    rank = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    return rank * bins // scores.shape[1]
+
+
+def bipartite(
+    metric: torch.Tensor, r: int, source: torch.Tensor, destination: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The r best edges from source tokens to their most similar destination.
+
+    Args:
+        metric: [b, n, c] features to compare by cosine.
+        r: Number of edges, at most the number of sources.
+        source: [s] or [b, s] positions that may be merged away.
+        destination: [t] or [b, t] positions that may receive, disjoint from the sources.
+
+    Returns:
+        (from, to): two [b, r] tensors of positions.
+
+    Source: ToMe, Bolya et al. 2023, section 3.
+    """
+    b = metric.shape[0]
+    source, destination = source.expand(b, -1), destination.expand(b, -1)
+    _check_count(r, source.shape[1], "r")
+
+    def pick(index: torch.Tensor) -> torch.Tensor:
+        return metric.gather(1, index[..., None].expand(-1, -1, metric.shape[2]))
+
+    best, target = score.similarity(pick(source), pick(destination)).max(-1)
+    edge = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
+    return source.gather(1, edge), destination.gather(1, target.gather(1, edge))
+
+
+def nearest(gap: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Label of the nearest centre for every token; a centre always has its own label.
+
+    Args:
+        gap: [b, n, n] distances.
+        centres: [b, k] positions.
+
+    Returns:
+        [b, n] labels in 0..k-1.
+    """
+    b, n, _ = gap.shape
+    labels = gap.gather(2, centres[:, None, :].expand(b, n, -1)).argmin(-1)
+    own = torch.arange(centres.shape[1], device=gap.device).expand(b, -1)
+    return labels.scatter(1, centres, own)
+
+
+def dpc_knn(x: torch.Tensor, k: int, neighbours: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Density-peak clustering: centres are dense and far from anything denser.
+
+    Args:
+        x: [b, n, d].
+        k: Number of clusters.
+        neighbours: Neighbours that define density.
+
+    Returns:
+        (centres [b, k] sorted positions, labels [b, n]).
+
+    Source: TCFormer, Zeng et al. 2022, section 3.2.
+    """
+    _check_count(k, x.shape[1])
+    rho = score.density(x, neighbours)
+    centres = top_k(rho * score.separation(x, rho), k)
+    return centres, nearest(score.distance(x), centres)
+
+
+def k_medoids(
+    x: torch.Tensor, k: int, weight: torch.Tensor | None = None, iterations: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters around k input tokens, minimising sum_j w_j ||x_j - medoid||.
+
+    Starts at the k heaviest tokens (farthest points when there are no weights).
+
+    Args:
+        x: [b, n, d].
+        k: Number of clusters.
+        weight: [b, n] non-negative importance.
+        iterations: Rounds of "nearest medoid, then best medoid of each cluster".
+
+    Returns:
+        (medoids [b, k] sorted positions, labels [b, n]).
+    """
+    b, n, _ = x.shape
+    _check_count(k, n)
+    gap = score.distance(x)
+    medoids = farthest_point(x, k) if weight is None else top_k(weight, k)
+    mass = torch.ones(b, n, device=x.device) if weight is None else weight.float()
+    for _ in range(iterations):
+        labels = nearest(gap, medoids)
+        same = labels[:, :, None] == labels[:, None, :]
+        cost = (gap * same * mass[:, None, :]).sum(-1)  # b n: cost of token i as medoid of its own cluster
+        # ties go to the present medoid, so duplicates cannot make two clusters swap for ever
+        cost = cost.scatter(1, medoids, cost.gather(1, medoids) * (1 - 1e-6))
+        medoids = _best_of_cluster(cost, labels, k).sort(1).values
+    return medoids, nearest(gap, medoids)
+
+
+def _best_of_cluster(cost: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """Position of the least cost in every (non-empty) cluster: cost, labels [b, n] -> [b, k]."""
+    order = cost.sort(dim=1, stable=True).indices
+    rank = order.argsort(1)
+    first = rank.new_full((len(cost), k), cost.shape[1] - 1).scatter_reduce(1, labels, rank, "amin")
+    return order.gather(1, first)
+
+
+def k_means(
+    x: torch.Tensor, k: int, weight: torch.Tensor | None = None, iterations: int = 5
+) -> torch.Tensor:
+    """Weighted Lloyd iterations, started at the k heaviest tokens (farthest points when there are no weights).
+
+    Args:
+        x: [b, n, d].
+        k: Number of clusters.
+        weight: [b, n] non-negative importance.
+        iterations: Rounds of "nearest centre, then weighted mean".
+
+    Returns:
+        [b, n] labels; every one of the k clusters is non-empty.
+
+    Source: Token Pooling, Marin et al. 2021, algorithm 1 (weighted k-means).
+    """
+    b, n, d = x.shape
+    _check_count(k, n)
+    x = x.float()
+    mass = torch.ones(b, n, device=x.device) if weight is None else weight.float()
+    seeds = farthest_point(x, k) if weight is None else top_k(weight, k)
+    centres = x.gather(1, seeds[..., None].expand(-1, -1, d))
+    for _ in range(max(1, iterations)):
+        gap = torch.cdist(x, centres)
+        labels = _fill_empty(gap, gap.argmin(-1), k)
+        member = torch.zeros(b, k, n, device=x.device).scatter_(1, labels[:, None, :], mass[:, None, :])
+        total = member.sum(-1, keepdim=True)
+        centres = torch.where(total > 0, member @ x / total.clamp_min(1e-12), centres)
+    return labels
+
+
+def _fill_empty(gap: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """Give every empty cluster the token that fits its own cluster worst; rarely loops at all."""
+    while True:
+        size = torch.zeros(len(labels), k, device=labels.device, dtype=torch.long)
+        size = size.scatter_add(1, labels, torch.ones_like(labels))
+        lacking = (size == 0).any(1)
+        if not lacking.any():
+            return labels
+        misfit = gap.gather(2, labels[..., None]).squeeze(-1).masked_fill(size.gather(1, labels) == 1, -1.0)
+        moved = labels.scatter(1, misfit.argmax(1, keepdim=True), size.argmin(1, keepdim=True))
+        labels = torch.where(lacking[:, None], moved, labels)
+
+
+def farthest_point(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Greedy max-min selection: each new token is the one farthest from those chosen; starts nearest the mean.
+
+    Args:
+        x: [b, n, d].
+        k: 1..n.
+
+    Returns:
+        [b, k] sorted positions.
+    """
+    b, n, _ = x.shape
+    _check_count(k, n)
+    x = x.float()
+    current = (x - x.mean(1, keepdim=True)).square().sum(-1).argmin(1, keepdim=True)
+    chosen = [current]
+    gap = torch.full((b, n), float("inf"), device=x.device)
+    for _ in range(k - 1):
+        centre = x.gather(1, current[..., None].expand(-1, -1, x.shape[2]))
+        gap = torch.minimum(gap, (x - centre).square().sum(-1)).scatter(1, current, -1.0)
+        current = gap.argmax(1, keepdim=True)
+        chosen.append(current)
+    return torch.cat(chosen, 1).sort(1).values
+
+
+def agglomerative(gap: torch.Tensor, k: int, linkage: str = "average") -> torch.Tensor:
+    """Bottom-up hierarchical clustering of a whole batch, cut at k clusters; equals scipy's cut of the same linkage.
+
+    Every round merges all pairs of clusters that are each other's nearest at once. For single, complete and average
+    linkage these merges belong to the one dendrogram whatever their order, so a few rounds of matrix operations build
+    it, and the n - k lowest merges are the cut.
+
+    Args:
+        gap: [b, n, n] symmetric distances.
+        k: Number of clusters, 1..n.
+        linkage: "single", "complete" or "average".
+
+    Returns:
+        [b, n] labels in 0..k-1, numbered by first member.
+
+    Raises:
+        ValueError: On an unknown linkage or k outside 1..n.
+
+    Source: ATC, Haurum et al. 2024, section 3; merging reciprocal nearest neighbours is Murtagh's 1983 argument.
+    """
+    if linkage not in ("single", "complete", "average"):
+        raise ValueError(f"linkage must be 'single', 'complete' or 'average'; got {linkage!r}")
+    b, n, _ = gap.shape
+    _check_count(k, n)
+    index = torch.arange(n, device=gap.device).expand(b, n)
+    off = torch.eye(n, dtype=torch.bool, device=gap.device)
+    total = gap.double() if linkage == "average" else gap.float()  # average: sums of pair distances of two clusters
+    size = torch.ones(b, n, device=gap.device, dtype=total.dtype)
+    alive = torch.ones(b, n, dtype=torch.bool, device=gap.device)
+    parent = index.clone()  # the cluster a token's slot was merged into, itself while alive
+    height = torch.full((b, n), float("inf"), device=gap.device, dtype=total.dtype)
+    while int(alive.sum(1).max()) > 1:
+        dead = ~(alive[:, :, None] & alive[:, None, :]) | off
+        between = total / (size[:, :, None] * size[:, None, :]) if linkage == "average" else total
+        near, who = between.masked_fill(dead, float("inf")).min(-1)
+        mutual = alive & (who.gather(1, who) == index) & near.isfinite()
+        absorbed = mutual & (who < index)  # the later slot of each pair disappears into the earlier one
+        if not absorbed.any():
+            break
+        into = torch.where(absorbed, who, index)
+        parent = torch.where(absorbed, who, parent)
+        height = torch.where(absorbed, near, height)
+        rows, columns = into[:, :, None].expand_as(total), into[:, None, :].expand_as(total)
+        if linkage == "average":
+            total = torch.zeros_like(total).scatter_add(1, rows, total)
+            total = torch.zeros_like(total).scatter_add(2, columns, total)
+            size = torch.zeros_like(size).scatter_add(1, into, size)
+            size = torch.where(absorbed, torch.ones_like(size), size)
+        else:
+            how, start = ("amin", float("inf")) if linkage == "single" else ("amax", float("-inf"))
+            total = torch.full_like(total, start).scatter_reduce(1, rows, total, how)
+            total = torch.full_like(total, start).scatter_reduce(2, columns, total, how)
+        alive = alive & ~absorbed
+    # cut: a slot whose merge is among the n - k lowest follows its parent
+    merged = height.sort(dim=1, stable=True).indices.argsort(1) < n - k
+    root = torch.where(merged, parent, index)
+    for _ in range(max(1, n.bit_length())):
+        root = root.gather(1, root)
+    return relabel(root)
+
+
+def relabel(labels: torch.Tensor) -> torch.Tensor:
+    """Number clusters by their first member: any [b, n] integers in 0..n-1 -> 0..k-1 in order of appearance."""
+    b, n = labels.shape
+    index = torch.arange(n, device=labels.device).expand(b, n)
+    first = torch.full_like(labels, n).scatter_reduce(1, labels, index, "amin")  # by label: its first member
+    leader = first.gather(1, labels) == index
+    return (leader.long().cumsum(1) - 1).gather(1, first.gather(1, labels))

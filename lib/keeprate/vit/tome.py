@@ -1,0 +1,94 @@
+"""ToMe: merge the most similar pairs of a bipartite split, a few in every block."""
+
+from dataclasses import dataclass
+
+import torch
+
+from keeprate import select
+from keeprate.budget import Budget
+from keeprate.method import register
+from keeprate.reduce import Reduction, gather_tokens, merge, merge_pairs
+from keeprate.vit.base import Tokens, ViTMethod
+
+
+@register(paper="Token Merging: Your ViT but Faster", arxiv="2210.09461", year=2022, kind="merging", needs=("keys",))
+@dataclass(frozen=True)
+class ToMe(ViTMethod):
+    """Every second token proposes to its most similar other; the r best proposals merge by size-weighted mean.
+
+    Args:
+        r: Tokens merged in every block, or (r, inflection) for a linear schedule: (r, -1) falls from 2r to 0. Never more
+            than half of the tokens present merge in one round.
+        keep: Instead of r: fraction of patches left by each of a few reductions, as in the staged methods.
+        layers: 1-based blocks; every block for r, quarters of the depth for keep.
+        metric: "keys" (mean over heads) or "features".
+        proportional: Add log(size) to the attention logits.
+
+    Source: Bolya et al. 2023, sections 3 and 4; the schedule is their appendix D.
+    """
+
+    r: int | tuple[int, float] = 13
+    keep: float | int | tuple | Budget | None = None
+    layers: tuple[int, ...] | None = None
+    metric: str = "keys"
+    proportional: bool = True
+
+    def __post_init__(self):
+        base, inflection = self.r if isinstance(self.r, tuple) else (self.r, 0)
+        if isinstance(base, bool) or not isinstance(base, int) or base < 0 or not -1 <= inflection <= 1:
+            raise ValueError(f"r must be an integer >= 0, or (r, inflection) with inflection in [-1, 1]; got {self.r!r}")
+        if self.metric not in ("keys", "features"):
+            raise ValueError(f"metric must be 'keys' or 'features'; got {self.metric!r}")
+        if self.keep is not None and Budget.of(self.keep).ragged:
+            raise ValueError(f"ToMe needs a number of tokens known in advance; got keep={self.keep!r}")
+
+    def placement(self, depth: int, patches: int) -> tuple[int, ...]:
+        if self.keep is None and max(self.schedule(depth)) > patches:
+            raise ValueError(f"r must not exceed the {patches} patches present; got {self.r}")
+        if self.keep is None and self.layers is None:
+            return tuple(range(1, depth + 1))
+        return super().placement(depth, patches)
+
+    def schedule(self, steps: int) -> list[int]:
+        """Tokens to merge at each of `steps` reductions."""
+        base, inflection = self.r if isinstance(self.r, tuple) else (self.r, 0)
+        first = int(base * (1 - inflection))
+        rise = (2 * base - 2 * first) / max(1, steps - 1)
+        return [int(first + rise * i) for i in range(steps)]
+
+    def reduce(self, t: Tokens) -> Reduction | None:
+        if self.keep is None:
+            steps = t.depth if self.layers is None else len(self.layers)
+            r = min(self.schedule(steps)[t.stage - 1], t.n // 2)
+        else:
+            r = t.n - Budget.of(self.keep).count(t.stage, t.total)
+        if r <= 0:
+            return None
+        return merge_similar(t.keys() if self.metric == "keys" else t.x, t.size, r, t.prefix)
+
+
+def merge_similar(metric: torch.Tensor, size: torch.Tensor, r: int, offset: int = 0) -> Reduction:
+    """Merge r tokens into similar ones by bipartite matching, in rounds when r exceeds half of the tokens.
+
+    Args:
+        metric: [b, n, c] features to compare.
+        size: [b, n] patches each token stands for.
+        r: Tokens to merge away, below n.
+        offset: Position of the first token in the full sequence; tokens at odd positions receive.
+    """
+    if r >= metric.shape[1]:
+        raise ValueError(f"r must be below the {metric.shape[1]} tokens present; got {r}")
+    left, weight = r, size
+    rep = labels = torch.arange(metric.shape[1], device=metric.device).expand(size.shape)
+    while left > 0:
+        index = torch.arange(metric.shape[1], device=metric.device)
+        even = (index + offset) % 2 == 0
+        source, target = index[even], index[~even]
+        step = min(left, len(source), metric.shape[1] // 2)
+        pairs = merge_pairs(*select.bipartite(metric, step, source, target), weight)
+        if step == r:
+            return pairs
+        labels, rep = pairs.slot.gather(1, labels), gather_tokens(rep, pairs.rep)
+        metric, weight, left = pairs(metric), pairs.total(weight), left - step
+        offset = 0
+    return merge(labels, size, rep)
