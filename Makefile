@@ -1,0 +1,79 @@
+# The two commands: `make run` executes every notebook, `make test` runs the test suite. Both create .venv when it is missing.
+#   make run TIER=smoke              another tier: smoke, default or paper
+#   make run NB=10_vit_pruning       some notebooks, separated by commas
+SHELL := /bin/bash
+PYTHON ?= python3
+TIER ?= default
+NB ?=
+JOBS ?= 2
+
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+comma := ,
+
+# `-P` for every Python: the repository root stays off sys.path, where the folder kernels/ would pass for the package `kernels`.
+export PYTHONSAFEPATH := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: run test lab train expected lint strip lock clean
+.DEFAULT_GOAL := run
+
+run: $(READY)
+	@status=0; \
+	$(BIN)/snakemake -c $(JOBS) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime params input code \
+	    --quiet rules reason host --config tier=$(TIER) notebooks="$(NB)" || status=$$?; \
+	$(BIN)/python -m keeprate.ledger --tier $(TIER) --notebooks $(subst $(comma), ,$(NB)) || status=$$?; \
+	exit $$status
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(ARGS)
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# Rebuild the embedded models. Hours, not minutes; the repository carries the result.
+train: $(READY)
+	$(BIN)/python -m keeprate.train.vit_digits
+	$(BIN)/python -m keeprate.train.siglip_digits
+
+# Store the numbers of the latest runs in data/expected, showing old and new.
+expected: $(READY)
+	$(BIN)/python -m keeprate.execute --update-expected $(subst $(comma), ,$(NB)) --tier $(TIER)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --keep-id --verify $(wildcard notebooks/*.ipynb)
+
+# Format everything, and strip outputs from the notebooks, keeping their cell ids.
+strip: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/nbstripout --keep-id $(wildcard notebooks/*.ipynb)
+
+# torch comes first, alone: asked for by this exact version it can be a CPU wheel; as somebody's dependency it is gigabytes.
+define TRY
+for attempt in 1 2 3; do $(1) && break; [ $$attempt -lt 3 ] || exit 1; echo "retrying"; sleep 5; done
+endef
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keeprate needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(call TRY,$(PIP) install $$(grep '^torch==' requirements.lock))
+	$(call TRY,$(PIP) install -r requirements.lock)
+	$(call TRY,$(PIP) install --no-deps --no-build-isolation -e .)
+	@touch $(READY)
+
+# Solve pyproject.toml anew in a fresh environment; writes requirements.lock and environment.yml.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install $$(grep '^torch==' requirements.lock)
+	.venv-lock/bin/python -m pip install -e '.[dev]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > requirements.lock
+	{ grep -v '^      - [^-]' environment.yml; sed 's/^/      - /' requirements.lock; } > .venv-lock/environment.yml
+	mv .venv-lock/environment.yml environment.yml
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock runs .snakemake .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
+	find lib kernels tests -name __pycache__ -prune -exec rm -rf {} +

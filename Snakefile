@@ -1,0 +1,46 @@
+# Executes every notebook of notebooks/manifest.yaml in one tier; `make run` is the usual way in.
+#   snakemake -c 2 --config tier=default notebooks=10_vit_pruning,20_mllm_pruning
+# The same file runs on a cluster with Snakemake's executor plugin for it.
+import sys
+from pathlib import Path
+
+import yaml
+
+TIER = config.get("tier", "default")
+MANIFEST = yaml.safe_load(Path("notebooks/manifest.yaml").read_text()) or {}
+NOTEBOOKS = [name for name in str(config.get("notebooks", "")).split(",") if name] or list(MANIFEST)
+FAMILIES = {entry["family"] for entry in MANIFEST.values()}
+
+unknown = sorted(set(NOTEBOOKS) - set(MANIFEST))
+if unknown:
+    raise WorkflowError(f"not in notebooks/manifest.yaml: {', '.join(unknown)}. There are: {', '.join(MANIFEST)}")
+
+
+def sources(wildcards):
+    """What a notebook's results depend on: itself, tier file, models, claims, and the library without other families' packages."""
+    name, entry = wildcards.notebook, MANIFEST[wildcards.notebook]
+    package = Path("lib/keeprate")
+    others = {package / "train"}
+    if (package / entry["family"]).is_dir():
+        others |= {package / family for family in FAMILIES - {entry["family"]}}
+    code = [p for p in (*package.rglob("*.py"), *Path("kernels").rglob("*.py")) if not others & set(p.parents)]
+    models = [f"data/models/{model}/card.json" for model in entry.get("models", [])]
+    tier = Path("data/tiers").glob(f"{TIER}/{name}.yaml")  # the default tier needs none
+    return [f"notebooks/{name}.ipynb", *models, *map(str, [*code, *tier, *Path("data/claims").glob("*.yaml")])]
+
+
+rule all:
+    input:
+        expand("runs/{notebook}/{tier}.done", notebook=NOTEBOOKS, tier=TIER),
+
+
+rule notebook:
+    input:
+        sources,
+    output:
+        "runs/{notebook}/{tier}.done",
+    # A notebook that measures time gets every core to itself, the others one each.
+    threads: lambda wildcards: workflow.cores if MANIFEST[wildcards.notebook].get("timing") else 1
+    shell:
+        "OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads} "
+        "{sys.executable} -P -m keeprate.execute {wildcards.notebook} --tier {wildcards.tier} --out runs"
