@@ -1,7 +1,7 @@
 """Where each supported architecture keeps its blocks, prefix tokens and pooling. The only file that knows.
 
-A block is described by the names of its own submodules, so no forward pass is copied: the two halves below call the same
-modules in the same order as transformers does, and a test proves the result bit-identical at keep=1.
+A block is described by the names of its own submodules, so no forward pass is copied: the two halves below call the
+same modules in the same order as transformers does, and a test proves the result bit-identical at keep=1.
 """
 
 import math
@@ -54,7 +54,7 @@ class Architecture:
         block: Their halves.
         prefix: Number of tokens before the patches, from the tower's config.
         has_cls: Whether token 0 is a class token.
-        mean_pooled: Class names of heads that average the patch tokens of the tower's output.
+        mean_pooled: Class name of the model whose head averages the patch tokens of the tower's output.
     """
 
     name: str
@@ -63,27 +63,34 @@ class Architecture:
     block: Block
     prefix: Callable[[object], int]
     has_cls: bool = True
-    mean_pooled: tuple[str, ...] = ()
+    mean_pooled: str = ""
 
+
+_CLASSIFIER = "ForImageClassification"
 
 ARCHITECTURES = (
     Architecture("vit", "ViTModel", "ViTLayer", _VIT, lambda c: 1),
     Architecture("deit", "DeiTModel", "DeiTLayer", _VIT, lambda c: 2),
-    Architecture("dinov2", "Dinov2Model", "Dinov2Layer", _DINO, lambda c: 1, mean_pooled=("Dinov2ForImageClassification",)),
+    Architecture("dinov2", "Dinov2Model", "Dinov2Layer", _DINO, lambda c: 1, mean_pooled="Dinov2" + _CLASSIFIER),
     Architecture(
         "dinov2_with_registers",
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersLayer",
         _DINO,
         lambda c: 1 + c.num_register_tokens,
-        mean_pooled=("Dinov2WithRegistersForImageClassification",),
+        mean_pooled="Dinov2WithRegisters" + _CLASSIFIER,
     ),
-    Architecture("clip", "CLIPVisionModel", "CLIPEncoderLayer", _CLIP, lambda c: 1, mean_pooled=("CLIPForImageClassification",)),
+    Architecture("clip", "CLIPVisionModel", "CLIPEncoderLayer", _CLIP, lambda c: 1, mean_pooled="CLIP" + _CLASSIFIER),
     Architecture(
-        "siglip", "SiglipVisionModel", "SiglipEncoderLayer", _CLIP, lambda c: 0, has_cls=False,
-        mean_pooled=("SiglipForImageClassification",),
+        "siglip",
+        "SiglipVisionModel",
+        "SiglipEncoderLayer",
+        _CLIP,
+        lambda c: 0,
+        has_cls=False,
+        mean_pooled="Siglip" + _CLASSIFIER,
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             row.prefix(tower.config),
             row.has_cls,
             grid_of(tower.config),
-            type(model).__name__ in row.mean_pooled,
+            type(model).__name__ == row.mean_pooled,
         )
     raise ValueError(
         f"{type(model).__name__} holds no supported vision encoder; supported are {', '.join(supported())} "
@@ -174,5 +181,5 @@ def grid_of(config) -> tuple[int, int]:
 
 
 def quarters(depth: int) -> tuple[int, ...]:
-    """The field's default placement, after a quarter, half and three quarters of the blocks: 4, 7, 10 of 12 (1-based)."""
+    """The field's default, after a quarter, half and three quarters of the blocks: 4, 7, 10 of 12 (1-based)."""
     return tuple(dict.fromkeys(math.floor(depth * q / 4) + 1 for q in (1, 2, 3)))

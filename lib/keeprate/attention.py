@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from keeprate_kernels import attention_received, attention_rows
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from keeprate_kernels import attention_received, attention_rows
 
 PREFIX = "keeprate_"  # "keeprate_sdpa" is our function in front of "sdpa"
 _listeners: "weakref.WeakKeyDictionary[nn.Module, list[Listener]]" = weakref.WeakKeyDictionary()

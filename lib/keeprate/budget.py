@@ -1,24 +1,14 @@
 """How many tokens may survive: one value for all families."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 
-
-def fraction(name: str, value: Any) -> float:
-    """Check that `value` is a fraction in (0, 1] and return it as a float.
-
-    Raises:
-        ValueError: Names the argument, what was given and what is allowed.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1]; got {value!r}")
-    return float(value)
+from keeprate.check import fraction, whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Budget:
     """A number of tokens, stated in one of four ways, with an optional schedule and pooling.
 
@@ -47,9 +37,7 @@ class Budget:
     floor: float = 0.0
 
     def __post_init__(self):
-        given = [
-            f for f in ("keep", "tokens", "schedule", "coverage", "threshold") if getattr(self, f) is not None
-        ]
+        given = [f for f in ("keep", "tokens", "schedule", "coverage", "threshold") if getattr(self, f) is not None]
         if len(given) != 1:
             raise ValueError(f"a Budget takes exactly one of keep, tokens, schedule, coverage, threshold; got {given}")
         if self.keep is not None:
@@ -62,12 +50,16 @@ class Budget:
         for entry in counts:
             if isinstance(entry, float):
                 fraction("every fraction of a schedule", entry)
-            elif isinstance(entry, bool) or not isinstance(entry, int) or entry < 1:
-                raise ValueError(f"a number of tokens must be an integer of at least 1; got {entry!r}")
+            else:
+                whole("a number of tokens", entry)
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be finite; got {self.threshold!r}")
         if not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"floor must lie in [0, 1]; got {self.floor!r}")
+
+    def __repr__(self) -> str:
+        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Budget({', '.join(given)})"
 
     @classmethod
     def of(cls, value: "Budget | float | int | tuple") -> "Budget":
@@ -147,6 +139,9 @@ class Budget:
         order = scores.argsort(-1, descending=True)
         rest = scores.scatter(-1, order[..., :sure], float("-inf")).flatten(1)
         winners = rest.topk(groups * (each - sure), dim=-1).indices // n
-        return torch.zeros(b, groups, dtype=torch.long, device=scores.device).scatter_add_(
-            1, winners, torch.ones_like(winners)
-        ) + sure
+        return (
+            torch.zeros(b, groups, dtype=torch.long, device=scores.device).scatter_add_(
+                1, winners, torch.ones_like(winners)
+            )
+            + sure
+        )

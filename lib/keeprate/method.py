@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from keeprate.check import choice
+
 _registry: dict[str, type["Method"]] = {}
 
 
@@ -77,9 +79,8 @@ def methods(family: str | None = None) -> pd.DataFrame:
     Example:
         >>> list(methods("vit")["name"])[:2]   # doctest: +SKIP
     """
-    families = sorted({cls.family for cls in _registry.values()})
-    if family is not None and family not in families:
-        raise ValueError(f"family must be one of {families}; got {family!r}")
+    if family is not None:
+        choice("family", family, tuple(sorted({cls.family for cls in _registry.values()})))
     rows = [
         {"name": name, "family": cls.family, **cls.info, "architectures": ", ".join(cls.architectures())}
         for name, cls in _registry.items()

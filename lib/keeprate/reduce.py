@@ -1,6 +1,7 @@
 """Reduce: what becomes of the tokens that are not kept?
 
-A `Reduction` is one decision that applies to any tensor: n tokens become m slots. It runs in two ways that give the same
+A `Reduction` is one decision that applies to any tensor: n tokens become m slots. It runs in two ways that give the
+same
 result: physically (the sequence gets shorter) and masked (the length stays, dropped tokens are hidden from attention),
 the second being what training needs.
 """

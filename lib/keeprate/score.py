@@ -1,55 +1,28 @@
 """Score: which tokens matter? Pure functions on tensors; every result is fp32 and higher means keep.
 
-Attention arrives as probabilities of a few rows [b, h, r, n] or as column sums [b, h, n] (see `keeprate.attention`),
-so that no function here needs an n x n matrix, `pagerank` apart.
+Attention itself is a score: `AttentionView.rows(0)` is class attention, `AttentionView.received()` the column sums.
+What stands here is everything computed beyond that.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def cls_attention(rows: torch.Tensor, prefix: int = 1) -> torch.Tensor:
-    """Attention from the class token to every patch, mean over heads and over the given rows.
-
-    Args:
-        rows: [b, h, r, n] probabilities of the class token's query row (r = 1), prefix tokens included in n.
-        prefix: Number of leading tokens (class, distillation, registers) that are not patches.
-
-    Returns:
-        [b, n - prefix].
-
-    Source: EViT, Liang et al. 2022, eq. 3 (mean over heads).
-    """
-    return rows.float().mean((1, 2))[:, prefix:]
+def value_norm(v: torch.Tensor, per_head: bool = False) -> torch.Tensor:
+    """Euclidean norm of each token's value, heads concatenated [b, g, n, d] -> [b, n], or per head -> [b, g, n]."""
+    norm = v.float().square().sum(-1)
+    return (norm if per_head else norm.sum(1)).sqrt()
 
 
-def received_attention(received: torch.Tensor, rows: int, prefix: int = 0) -> torch.Tensor:
-    """Attention that every token receives, mean over heads and query rows; works without a class token.
-
-    Args:
-        received: [b, h, n] column sums of the attention probabilities.
-        rows: Number of query rows that were summed.
-        prefix: Number of leading tokens to leave out of the result.
-
-    Returns:
-        [b, n - prefix].
-    """
-    return received.float().mean(1)[:, prefix:] / rows
-
-
-def value_norm(v: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of each token's value, heads concatenated: [b, g, n, d] -> [b, n]."""
-    return v.float().square().sum((1, 3)).sqrt()
-
-
-def pagerank(probs: torch.Tensor, iterations: int) -> torch.Tensor:
+def pagerank(probs: torch.Tensor, iterations: int, start: torch.Tensor | None = None) -> torch.Tensor:
     """Weighted PageRank on the attention graph by power iteration, without damping.
 
-    s(0) = 1/n;  s(t+1)[j] = sum_i P[i, j] s(t)[i].
+    s(t+1)[j] = sum_i P[i, j] s(t)[i], from s(0) = start, normalised to sum 1.
 
     Args:
         probs: [b, h, n, n] attention probabilities, rows sum to 1.
-        iterations: Power iterations; one from the uniform start is the attention received.
+        iterations: Power iterations; one from the uniform start is the mean attention received.
+        start: [n] non-negative initial scores; uniform when None.
 
     Returns:
         [b, h, n], non-negative, each row sums to 1.
@@ -62,7 +35,8 @@ def pagerank(probs: torch.Tensor, iterations: int) -> torch.Tensor:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1; got {iterations}")
     n = probs.shape[-1]
-    s = probs.new_full((*probs.shape[:2], 1, n), 1.0 / n, dtype=torch.float32)
+    start = torch.ones(n, device=probs.device) if start is None else start.float()
+    s = (start / start.sum()).expand(*probs.shape[:2], 1, n)
     for _ in range(iterations):
         s = s @ probs.float()
         s = s / s.sum(-1, keepdim=True)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from keeprate import score
+from keeprate.check import choice
+
+LINKAGES = ("single", "complete", "average")
 
 
 def _check_scores(scores: torch.Tensor) -> None:
@@ -66,6 +69,12 @@ def ragged(keep: torch.Tensor) -> Kept:
     index = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
     valid = torch.arange(most, device=keep.device) < count[:, None]
     return Kept(index, None if bool(valid.all()) else valid)
+
+
+def rest(kept: torch.Tensor, n: int) -> torch.Tensor:
+    """Positions that are not kept, sorted: kept [b, k] of n -> [b, n - k]."""
+    gone = torch.zeros(len(kept), n, dtype=torch.uint8, device=kept.device).scatter(1, kept, 1)
+    return gone.sort(dim=1, stable=True).indices[:, : n - kept.shape[1]]
 
 
 def top_counts(scores: torch.Tensor, counts: torch.Tensor) -> Kept:
@@ -230,9 +239,7 @@ def _best_of_cluster(cost: torch.Tensor, labels: torch.Tensor, k: int) -> torch.
     return order.gather(1, first)
 
 
-def k_means(
-    x: torch.Tensor, k: int, weight: torch.Tensor | None = None, iterations: int = 5
-) -> torch.Tensor:
+def k_means(x: torch.Tensor, k: int, weight: torch.Tensor | None = None, iterations: int = 5) -> torch.Tensor:
     """Weighted Lloyd iterations, started at the k heaviest tokens (farthest points when there are no weights).
 
     Args:
@@ -318,8 +325,7 @@ def agglomerative(gap: torch.Tensor, k: int, linkage: str = "average") -> torch.
 
     Source: ATC, Haurum et al. 2024, section 3; merging reciprocal nearest neighbours is Murtagh's 1983 argument.
     """
-    if linkage not in ("single", "complete", "average"):
-        raise ValueError(f"linkage must be 'single', 'complete' or 'average'; got {linkage!r}")
+    choice("linkage", linkage, LINKAGES)
     b, n, _ = gap.shape
     _check_count(k, n)
     index = torch.arange(n, device=gap.device).expand(b, n)

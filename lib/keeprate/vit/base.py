@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from keeprate import score
 from keeprate.anatomy import Anatomy, anatomy, quarters, supported
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.budget import Budget
@@ -77,17 +76,23 @@ class Tokens:
         """Scores [b, n] with padding at -inf."""
         return scores if self.valid is None else scores.masked_fill(~self.valid, float("-inf"))
 
+    def heads(self, cls: bool) -> torch.Tensor:
+        """[b, h, n] attention each token gets by head: from the class token, or the mean over (real) query rows."""
+        view = self.attention
+        if cls:
+            return view.rows(0)[:, :, 0, self.prefix :]
+        if self.valid is None:
+            return view.received()[..., self.prefix :] / (self.prefix + self.n)
+        weight = torch.nn.functional.pad(self.valid.float(), (self.prefix, 0), value=1.0)[:, None]
+        return view.received(weight)[..., self.prefix :] / weight.sum(-1, keepdim=True)
+
     def received(self) -> torch.Tensor:
-        """[b, n] attention each token receives, mean over heads and (real) query rows."""
-        view, weight, rows = self.attention, None, self.prefix + self.n
-        if self.valid is not None:
-            weight = torch.nn.functional.pad(self.valid.float(), (self.prefix, 0), value=1.0)[:, None]
-            rows = weight.sum(-1)
-        return score.received_attention(view.received(weight), rows, self.prefix)
+        """[b, n] attention each token receives, mean over heads and query rows."""
+        return self.heads(cls=False).mean(1)
 
     def importance(self) -> torch.Tensor:
         """[b, n] class-token attention; the attention received where there is no class token."""
-        return score.cls_attention(self.attention.rows(0), self.prefix) if self.has_cls else self.received()
+        return self.heads(cls=self.has_cls).mean(1)
 
     def keys(self) -> torch.Tensor:
         """[b, n, dim] keys of the patches, mean over heads: ToMe's similarity metric."""
@@ -204,7 +209,9 @@ class Session(Listener):
         self.generator = torch.Generator().manual_seed(seed)
         self.pooling_head = bool(getattr(body.tower, "use_head", False)) and not body.mean_pooled
         if masked and self.pooling_head:
-            raise ValueError("masked execution is not possible with an attention-pooling head: it would see dropped tokens")
+            raise ValueError(
+                "masked execution does not work with an attention-pooling head, which would see dropped tokens"
+            )
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[None]:

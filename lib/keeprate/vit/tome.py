@@ -1,11 +1,13 @@
 """ToMe: merge the most similar pairs of a bipartite split, a few in every block."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from keeprate import select
 from keeprate.budget import Budget
+from keeprate.check import choice
 from keeprate.method import register
 from keeprate.reduce import Reduction, gather_tokens, merge, merge_pairs
 from keeprate.vit.base import Tokens, ViTMethod
@@ -17,8 +19,8 @@ class ToMe(ViTMethod):
     """Every second token proposes to its most similar other; the r best proposals merge by size-weighted mean.
 
     Args:
-        r: Tokens merged in every block, or (r, inflection) for a linear schedule: (r, -1) falls from 2r to 0. Never more
-            than half of the tokens present merge in one round.
+        r: Tokens merged in every block, or (r, inflection) for a linear schedule: (r, -1) falls from 2r to 0. Never
+            more than half of the tokens present merge in one round.
         keep: Instead of r: fraction of patches left by each of a few reductions, as in the staged methods.
         layers: 1-based blocks; every block for r, quarters of the depth for keep.
         metric: "keys" (mean over heads) or "features".
@@ -36,9 +38,8 @@ class ToMe(ViTMethod):
     def __post_init__(self):
         base, inflection = self.r if isinstance(self.r, tuple) else (self.r, 0)
         if isinstance(base, bool) or not isinstance(base, int) or base < 0 or not -1 <= inflection <= 1:
-            raise ValueError(f"r must be an integer >= 0, or (r, inflection) with inflection in [-1, 1]; got {self.r!r}")
-        if self.metric not in ("keys", "features"):
-            raise ValueError(f"metric must be 'keys' or 'features'; got {self.metric!r}")
+            raise ValueError(f"r must be an integer >= 0 or (r, inflection), inflection in [-1, 1]; got {self.r!r}")
+        choice("metric", self.metric, ("keys", "features"))
         if self.keep is not None and Budget.of(self.keep).ragged:
             raise ValueError(f"ToMe needs a number of tokens known in advance; got keep={self.keep!r}")
 
@@ -68,7 +69,7 @@ class ToMe(ViTMethod):
 
 
 def merge_similar(metric: torch.Tensor, size: torch.Tensor, r: int, offset: int = 0) -> Reduction:
-    """Merge r tokens into similar ones by bipartite matching, in rounds when r exceeds half of the tokens.
+    """Merge r tokens into similar ones by bipartite matching of even and odd positions.
 
     Args:
         metric: [b, n, c] features to compare.
@@ -76,19 +77,36 @@ def merge_similar(metric: torch.Tensor, size: torch.Tensor, r: int, offset: int 
         r: Tokens to merge away, below n.
         offset: Position of the first token in the full sequence; tokens at odd positions receive.
     """
-    if r >= metric.shape[1]:
-        raise ValueError(f"r must be below the {metric.shape[1]} tokens present; got {r}")
-    left, weight = r, size
-    rep = labels = torch.arange(metric.shape[1], device=metric.device).expand(size.shape)
-    while left > 0:
+
+    def pairs(metric: torch.Tensor, size: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.arange(metric.shape[1], device=metric.device)
         even = (index + offset) % 2 == 0
-        source, target = index[even], index[~even]
-        step = min(left, len(source), metric.shape[1] // 2)
-        pairs = merge_pairs(*select.bipartite(metric, step, source, target), weight)
-        if step == r:
-            return pairs
-        labels, rep = pairs.slot.gather(1, labels), gather_tokens(rep, pairs.rep)
-        metric, weight, left = pairs(metric), pairs.total(weight), left - step
-        offset = 0
+        return select.bipartite(metric, r, index[even], index[~even])
+
+    return merge_in_rounds(metric, size, r, pairs)
+
+
+def merge_in_rounds(
+    metric: torch.Tensor,
+    size: torch.Tensor,
+    r: int,
+    pairs: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+) -> Reduction:
+    """Merge r tokens into others by size-weighted mean, in rounds when r exceeds half of the tokens.
+
+    Args:
+        metric: [b, n, c] features that decide; they merge along between rounds.
+        size: [b, n] patches each token stands for.
+        r: Tokens to merge away, below n.
+        pairs: (metric, size, step) -> (source, target) positions [b, step] of one round, step <= n // 2.
+    """
+    if r >= metric.shape[1]:
+        raise ValueError(f"r must be below the {metric.shape[1]} tokens present; got {r}")
+    rep = labels = torch.arange(metric.shape[1], device=metric.device).expand(size.shape)
+    weight = size
+    while r > 0:
+        step = min(r, metric.shape[1] // 2)
+        once = merge_pairs(*pairs(metric, weight, step), weight)
+        labels, rep, r = once.slot.gather(1, labels), gather_tokens(rep, once.rep), r - step
+        metric, weight = (once(metric), once.total(weight)) if r else (metric, weight)
     return merge(labels, size, rep)

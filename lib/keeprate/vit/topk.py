@@ -18,7 +18,8 @@ from keeprate.vit.base import StagedMethod, Tokens
 )
 @dataclass(frozen=True)
 class TopK(StagedMethod):
-    """Keep the k_i = int(keep^i n) patches of highest class attention; the mean attention received without a class token.
+    """Keep the k_i = int(keep^i n) patches of highest class attention; the mean attention received without a class
+    token.
 
     A budget by coverage or threshold keeps a different number in every sample.
 
