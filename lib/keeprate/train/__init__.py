@@ -1,0 +1,1 @@
+"""Scripts that rebuild the embedded models: ``python -m keeprate.train.<name>``."""
