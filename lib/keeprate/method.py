@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from keeprate.check import choice
+from keeprate.project import read_yaml, root, unknown
 
 _registry: dict[str, type["Method"]] = {}
 
@@ -27,37 +28,19 @@ class Method:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def register(
-    *,
-    paper: str,
-    arxiv: str = "",
-    year: int | None = None,
-    kind: str,
-    needs: tuple[str, ...] = (),
-    reconstructed: bool = False,
-):
-    """Class decorator that puts a method into the table of `kr.methods()`.
+def register(*, kind: str, needs: tuple[str, ...] = (), reconstructed: bool = False):
+    """Class decorator that puts a method into the table of `kr.methods()`; the paper stands in data/papers.yaml.
 
     Args:
-        paper: Title.
-        arxiv: arXiv id, empty when it has not been seen.
-        year: Year of first publication.
         kind: "pruning", "merging", "baseline" ...: what becomes of the tokens that are not kept.
-        needs: What it reads: "cls", "attention rows", "received attention", "attention matrix", "keys", "features".
+        needs: What it reads: "attention rows", "received attention", "attention matrix", "keys", "values", "features".
         reconstructed: True when rebuilt from a description without seeing formula or code.
     """
 
     def wrap(cls: type[Method]) -> type[Method]:
         if cls.__name__ in _registry:
             raise ValueError(f"a method called {cls.__name__} is registered already")
-        cls.info = {
-            "paper": paper,
-            "arxiv": arxiv,
-            "year": year,
-            "kind": kind,
-            "needs": ", ".join(needs),
-            "reconstructed": reconstructed,
-        }
+        cls.info = {"kind": kind, "needs": ", ".join(needs), "reconstructed": reconstructed}
         _registry[cls.__name__] = cls
         return cls
 
@@ -81,13 +64,21 @@ def methods(family: str | None = None) -> pd.DataFrame:
     """
     if family is not None:
         choice("family", family, tuple(sorted({cls.family for cls in _registry.values()})))
-    rows = [
-        {"name": name, "family": cls.family, **cls.info, "architectures": ", ".join(cls.architectures())}
-        for name, cls in _registry.items()
-        if family in (None, cls.family)
-    ]
+    known = papers()
+    rows = []
+    for name, cls in sorted(_registry.items(), key=lambda item: (item[1].family, item[0].lower())):
+        if family in (None, cls.family):
+            paper = known.get(name, {})
+            row = {"name": name, "family": cls.family, "paper": paper.get("title", ""), **cls.info}
+            row |= {"arxiv": paper.get("arxiv") or "", "year": paper.get("year")}
+            rows.append(row | {"architectures": ", ".join(cls.architectures())})
     columns = ["name", "family", "paper", "arxiv", "year", "kind", "needs", "architectures", "reconstructed"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def papers() -> dict[str, dict[str, Any]]:
+    """Where each method was published, by class name: title, arxiv, year, venue (data/papers.yaml)."""
+    return read_yaml(root() / "data" / "papers.yaml")
 
 
 def method(name: str, **params: Any) -> Method:
@@ -99,14 +90,10 @@ def method(name: str, **params: Any) -> Method:
     Example:
         >>> method("TopK", keep=0.5)   # doctest: +SKIP
     """
-    import difflib
-
     if name not in _registry:
-        close = difflib.get_close_matches(name, _registry, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"no method called {name!r}{hint} Known: {', '.join(sorted(_registry))}")
+        raise ValueError(unknown("method", name, _registry))
     allowed = [f.name for f in fields(_registry[name])]
-    unknown = sorted(set(params) - set(allowed))
-    if unknown:
-        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(allowed)}")
+    for given in params:
+        if given not in allowed:
+            raise ValueError(f"{name}: {unknown('parameter', given, allowed)}")
     return _registry[name](**params)

@@ -139,7 +139,7 @@ def fuse_rest(kept: torch.Tensor, weight: torch.Tensor, *, average: bool = False
         weight: [b, n] weights of the others; the sum is not renormalised unless `average`.
         average: Divide by the sum of weights.
 
-    Source: EViT, Liang et al. 2022, eq. 4.
+    Source: EViT (2202.07800), inattentive token fusion.
     """
     (b, n), k = weight.shape, kept.shape[1]
     slot = torch.full((b, n), k, device=kept.device).scatter(1, kept, torch.arange(k, device=kept.device).expand(b, -1))
@@ -237,7 +237,7 @@ def reconstruct(
     Returns:
         [b, n, d].
 
-    Source: Expedit, Liang et al. 2022, section 3.3 (weights sum to 1).
+    Source: Expedit (Liang et al. 2022), token reconstruction; here the weights sum to 1.
     """
     near, index = (-tau * torch.cdist(features.float(), centres.float()).square()).topk(min(k, centres.shape[1]), -1)
     picked = gather_tokens(refined, index.flatten(1)).view(*index.shape, -1)

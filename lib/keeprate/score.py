@@ -30,7 +30,7 @@ def pagerank(probs: torch.Tensor, iterations: int, start: torch.Tensor | None = 
     Raises:
         ValueError: If iterations < 1.
 
-    Source: Zero-TPrune, Wang et al. 2024, section 3.2.
+    Source: Zero-TPrune (2305.17328), Weighted Page Rank.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1; got {iterations}")
@@ -56,7 +56,7 @@ def rms_of_heads(scores: torch.Tensor, low: float = 0.0, high: float = float("in
     Returns:
         [b, n].
 
-    Source: Zero-TPrune, variance-based head filter and emphasising-informative-region aggregation.
+    Source: Zero-TPrune (2305.17328), variance-based head filter and emphasising-informative-region aggregation.
     """
     scores = scores.float()
     variance = (scores / scores.mean(-1, keepdim=True).clamp_min(1e-12)).var(-1, unbiased=False)
@@ -85,45 +85,46 @@ def energy(metric: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Ten
     Returns:
         [b, n].
 
-    Source: PiToMe, Tran et al. 2024, eq. 4.
+    Source: PiToMe (2405.16148), energy score.
     """
     sim = similarity(metric)
     return torch.where(sim >= margin, sim, alpha * torch.expm1(sim - margin)).mean(-1)
 
 
-def density(x: torch.Tensor, neighbours: int = 5) -> torch.Tensor:
+def density(gap: torch.Tensor, neighbours: int = 5) -> torch.Tensor:
     """Local density exp(-mean of the squared distances to the k nearest tokens, itself included).
 
-    Distances are Euclidean over sqrt(dim). A fixed slope of 1e-6 breaks ties in favour of earlier tokens (the published
-    code adds random noise of that size).
+    A floor of 1e-6 keeps isolated tokens above zero, so that their separation still counts; the published code adds
+    random noise of that size to break ties, `separation` breaks them by position.
 
     Args:
-        x: [b, n, d].
+        gap: [b, n, n] distances (`distance`).
         neighbours: k, at most n.
 
     Returns:
         [b, n].
 
-    Source: DPC-KNN as used by TCFormer, Zeng et al. 2022, eq. 1.
+    Source: DPC-KNN as used by TCFormer (2204.08680).
     """
-    near = distance(x).topk(min(neighbours, x.shape[1]), largest=False).values
-    return near.square().mean(-1).neg().exp() - torch.linspace(0, 1e-6, x.shape[1], device=x.device)
+    near = gap.topk(min(neighbours, gap.shape[1]), largest=False).values
+    return near.square().mean(-1).neg().exp() + 1e-6
 
 
-def separation(x: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
-    """Distance to the nearest token of higher density; the densest gets its greatest distance.
+def separation(gap: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
+    """Distance to the nearest token of higher density, or of equal density and earlier; the densest gets its greatest.
 
     Args:
-        x: [b, n, d].
+        gap: [b, n, n] distances.
         rho: [b, n] densities.
 
     Returns:
         [b, n].
 
-    Source: TCFormer, Zeng et al. 2022, eq. 2.
+    Source: DPC-KNN as used by TCFormer (2204.08680).
     """
-    gap = distance(x)
-    denser = rho[:, None, :] > rho[:, :, None]  # b i j: j is denser than i
+    index = torch.arange(rho.shape[1], device=rho.device)
+    other, own = rho[:, None, :], rho[:, :, None]
+    denser = (other > own) | ((other == own) & (index < index[:, None]))  # b i j: j is denser than i
     nearest = gap.masked_fill(~denser, float("inf")).amin(-1)
     return torch.where(nearest.isinf(), gap.amax(-1), nearest)
 
@@ -150,7 +151,7 @@ def radial(grid: tuple[int, int], norm: float = 2.0) -> torch.Tensor:
     Returns:
         [rows * cols], 0 at the centre and negative outwards.
 
-    Source: fixed radial baseline of Haurum et al. 2023 (2308.04657).
+    Source: the fixed radial patterns of Which Tokens to Use (2308.04657).
     """
     rows, cols = (torch.arange(side, dtype=torch.float32) - (side - 1) / 2 for side in grid)
     offset = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).reshape(-1, 2)

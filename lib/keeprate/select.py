@@ -6,6 +6,7 @@ Selectors return sorted, unique positions [b, k], or labels [b, n] in 0..k-1. Al
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from keeprate import score
 from keeprate.check import choice
@@ -108,7 +109,8 @@ def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
     Returns:
         Unique kept positions, at most k per sample.
 
-    Source: ATS, Fayyaz et al. 2022, section 3.2.
+    Source: ATS (2111.15667), inverse transform sampling; the authors' code also rescales the sum to start
+        at 0, which can never pick the least token.
     """
     _check_scores(scores)
     _check_count(k, scores.shape[1])
@@ -120,7 +122,9 @@ def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
     # tokens without mass (padding) stand before the first ordinate and must not be picked
     cdf = (mass / mass.sum(1, keepdim=True).clamp_min(1e-12)).cumsum(1)
     ordinate = (torch.arange(1, k + 1, device=scores.device) / k).expand(len(scores), k).contiguous()
-    right = torch.searchsorted(cdf.contiguous(), ordinate).clamp_max(n - 1)
+    # rounding can leave the sum just below the last ordinate: it then belongs to the last token with mass
+    last = torch.where(mass > 0, torch.arange(n, device=scores.device), 0).amax(1, keepdim=True)
+    right = torch.minimum(torch.searchsorted(cdf.contiguous(), ordinate), last)
     left = (right - 1).clamp_min(0)
     nearer_left = (ordinate - cdf.gather(1, left)).abs() < (cdf.gather(1, right) - ordinate).abs()
     picked = torch.where(nearer_left & (mass.gather(1, left) > 0), left, right)
@@ -130,7 +134,7 @@ def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
 def rank_bins(scores: torch.Tensor, bins: int) -> torch.Tensor:
     """Bin of every token's rank, 0 = best: [b, n] -> [b, n] in 0..bins-1.
 
-    Source: ToP, Li et al. 2023 (ranking-binned gates).
+    Source: ToP (Li et al. 2023), ranks in bins.
     """
     _check_scores(scores)
     rank = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
@@ -151,7 +155,7 @@ def bipartite(
     Returns:
         (from, to): two [b, r] tensors of positions.
 
-    Source: ToMe, Bolya et al. 2023, section 3.
+    Source: ToMe (2210.09461), bipartite soft matching.
     """
     b = metric.shape[0]
     source, destination = source.expand(b, -1), destination.expand(b, -1)
@@ -192,12 +196,13 @@ def dpc_knn(x: torch.Tensor, k: int, neighbours: int = 5) -> tuple[torch.Tensor,
     Returns:
         (centres [b, k] sorted positions, labels [b, n]).
 
-    Source: TCFormer, Zeng et al. 2022, section 3.2.
+    Source: TCFormer (2204.08680).
     """
     _check_count(k, x.shape[1])
-    rho = score.density(x, neighbours)
-    centres = top_k(rho * score.separation(x, rho), k)
-    return centres, nearest(score.distance(x), centres)
+    gap = score.distance(x)
+    rho = score.density(gap, neighbours)
+    centres = top_k(rho * score.separation(gap, rho), k)
+    return centres, nearest(gap, centres)
 
 
 def k_medoids(
@@ -205,7 +210,8 @@ def k_medoids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clusters around k input tokens, minimising sum_j w_j ||x_j - medoid||.
 
-    Starts at the k heaviest tokens (farthest points when there are no weights).
+    Starts at the k heaviest tokens (farthest points when there are no weights). The weight belongs to the token that is
+    represented, not to the candidate medoid: only then does the objective never rise.
 
     Args:
         x: [b, n, d].
@@ -223,8 +229,8 @@ def k_medoids(
     mass = torch.ones(b, n, device=x.device) if weight is None else weight.float()
     for _ in range(iterations):
         labels = nearest(gap, medoids)
-        same = labels[:, :, None] == labels[:, None, :]
-        cost = (gap * same * mass[:, None, :]).sum(-1)  # b n: cost of token i as medoid of its own cluster
+        member = torch.zeros(b, n, k, device=x.device).scatter_(2, labels[..., None], mass[..., None])
+        cost = (gap @ member).gather(2, labels[..., None]).squeeze(-1)  # b n: token i as medoid of its own cluster
         # ties go to the present medoid, so duplicates cannot make two clusters swap for ever
         cost = cost.scatter(1, medoids, cost.gather(1, medoids) * (1 - 1e-6))
         medoids = _best_of_cluster(cost, labels, k).sort(1).values
@@ -251,7 +257,7 @@ def k_means(x: torch.Tensor, k: int, weight: torch.Tensor | None = None, iterati
     Returns:
         [b, n] labels; every one of the k clusters is non-empty.
 
-    Source: Token Pooling, Marin et al. 2021, algorithm 1 (weighted k-means).
+    Source: Token Pooling (2110.03860), weighted k-means.
     """
     b, n, d = x.shape
     _check_count(k, n)
@@ -323,46 +329,54 @@ def agglomerative(gap: torch.Tensor, k: int, linkage: str = "average") -> torch.
     Raises:
         ValueError: On an unknown linkage or k outside 1..n.
 
-    Source: ATC, Haurum et al. 2024, section 3; merging reciprocal nearest neighbours is Murtagh's 1983 argument.
+    Source: ATC (2409.11923); the rounds of reciprocal nearest neighbours are ours.
     """
     choice("linkage", linkage, LINKAGES)
     b, n, _ = gap.shape
     _check_count(k, n)
     index = torch.arange(n, device=gap.device).expand(b, n)
-    off = torch.eye(n, dtype=torch.bool, device=gap.device)
-    total = gap.double() if linkage == "average" else gap.float()  # average: sums of pair distances of two clusters
-    size = torch.ones(b, n, device=gap.device, dtype=total.dtype)
-    alive = torch.ones(b, n, dtype=torch.bool, device=gap.device)
-    parent = index.clone()  # the cluster a token's slot was merged into, itself while alive
-    height = torch.full((b, n), float("inf"), device=gap.device, dtype=total.dtype)
-    while int(alive.sum(1).max()) > 1:
-        dead = ~(alive[:, :, None] & alive[:, None, :]) | off
+    parent = index.clone()  # token whose cluster absorbed this token's cluster, itself while that has not happened
+    height = gap.new_full((b, n), float("inf"))
+    # the clusters that still exist, packed to the front: first token, size, and distances (average: sums of distances)
+    leader, size, alive, total = index, gap.new_ones(b, n), torch.ones_like(index, dtype=torch.bool), gap
+    while total.shape[1] > 1:
+        c = total.shape[1]
         between = total / (size[:, :, None] * size[:, None, :]) if linkage == "average" else total
+        dead = ~(alive[:, :, None] & alive[:, None, :]) | torch.eye(c, dtype=torch.bool, device=gap.device)
         near, who = between.masked_fill(dead, float("inf")).min(-1)
-        mutual = alive & (who.gather(1, who) == index) & near.isfinite()
-        absorbed = mutual & (who < index)  # the later slot of each pair disappears into the earlier one
-        if not absorbed.any():
+        # no later merge is lower than the nearest pair now: done once n - k merges lie below it
+        if bool(((height < near.amin(1, keepdim=True)).sum(1) >= n - k).all()):
             break
-        into = torch.where(absorbed, who, index)
-        parent = torch.where(absorbed, who, parent)
-        height = torch.where(absorbed, near, height)
-        rows, columns = into[:, :, None].expand_as(total), into[:, None, :].expand_as(total)
-        if linkage == "average":
-            total = torch.zeros_like(total).scatter_add(1, rows, total)
-            total = torch.zeros_like(total).scatter_add(2, columns, total)
-            size = torch.zeros_like(size).scatter_add(1, into, size)
-            size = torch.where(absorbed, torch.ones_like(size), size)
-        else:
-            how, start = ("amin", float("inf")) if linkage == "single" else ("amax", float("-inf"))
-            total = torch.full_like(total, start).scatter_reduce(1, rows, total, how)
-            total = torch.full_like(total, start).scatter_reduce(2, columns, total, how)
-        alive = alive & ~absorbed
+        mutual = alive & (who.gather(1, who) == index[:, :c]) & near.isfinite()
+        absorbed = mutual & (who < index[:, :c])  # the later cluster of each pair disappears into the earlier one
+        gone = torch.where(absorbed, leader, n)  # column n of the padded tensors is a bin
+        parent = F.pad(parent, (0, 1)).scatter(1, gone, leader.gather(1, who))[:, :n]
+        height = F.pad(height, (0, 1)).scatter(1, gone, near)[:, :n]
+        kept = ragged(alive & ~absorbed)
+        twin = torch.where(mutual, who, index[:, :c]).gather(1, kept.index)
+        total = _join_rows(_join_rows(total, kept.index, twin, linkage), kept.index, twin, linkage)
+        partner = size.gather(1, twin).masked_fill(twin == kept.index, 0.0)
+        size, leader = size.gather(1, kept.index) + partner, leader.gather(1, kept.index)
+        alive = torch.ones_like(leader, dtype=torch.bool) if kept.valid is None else kept.valid
     # cut: a slot whose merge is among the n - k lowest follows its parent
     merged = height.sort(dim=1, stable=True).indices.argsort(1) < n - k
     root = torch.where(merged, parent, index)
     for _ in range(max(1, n.bit_length())):
         root = root.gather(1, root)
     return relabel(root)
+
+
+def _join_rows(total: torch.Tensor, kept: torch.Tensor, twin: torch.Tensor, linkage: str) -> torch.Tensor:
+    """Rows `kept` of total [b, c, w], each combined with its row `twin` (itself = nothing to combine), transposed."""
+    b, c, w = total.shape
+    base = torch.arange(b, device=total.device)[:, None] * c
+    flat = total.reshape(b * c, w)
+    one, other = (flat.index_select(0, (base + i).flatten()).view(b, -1, w) for i in (kept, twin))
+    if linkage == "average":
+        joined = one + other * (twin != kept)[..., None]
+    else:
+        joined = torch.minimum(one, other) if linkage == "single" else torch.maximum(one, other)
+    return joined.transpose(1, 2).contiguous()
 
 
 def relabel(labels: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from keeprate.reduce import Reduction, merge
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(paper="Agglomerative Token Clustering", arxiv="2409.11923", year=2024, kind="merging", needs=("keys",))
+@register(kind="merging", needs=("keys",))
 @dataclass(frozen=True)
 class ATC(StagedMethod):
     """Hierarchical clustering of the keys by cosine distance, cut at int(keep^i n) clusters; size-weighted means.
@@ -20,7 +20,7 @@ class ATC(StagedMethod):
         linkage: Distance between clusters: "single", "complete" or "average".
         proportional: Add log(size) to the attention logits.
 
-    Source: Haurum et al. 2024, section 3.
+    Source: Haurum et al. 2024 (2409.11923).
     """
 
     linkage: str = "average"

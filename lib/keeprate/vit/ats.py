@@ -9,13 +9,7 @@ from keeprate.reduce import Reduction, drop
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Adaptive Token Sampling For Efficient Vision Transformers",
-    arxiv="2111.15667",
-    year=2021,
-    kind="pruning",
-    needs=("attention rows", "values"),
-)
+@register(kind="pruning", needs=("attention rows", "values"))
 @dataclass(frozen=True)
 class ATS(StagedMethod):
     """Each of K = int(keep^i n) ordinates of the cumulative score picks the nearest token; fewer survive when it is
@@ -33,7 +27,7 @@ class ATS(StagedMethod):
         per_head: Multiply attention and value norm within each head, then sum (a common re-implementation).
         ascending: Accumulate from the lowest score (the authors' code) instead of raster order.
 
-    Source: Fayyaz et al. 2022, section 3.1 (score) and 3.2 (sampling).
+    Source: Fayyaz et al. 2022 (2111.15667), token scoring and inverse transform sampling.
     """
 
     minimum: int = 8

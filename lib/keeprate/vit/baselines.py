@@ -9,10 +9,8 @@ from keeprate.method import register
 from keeprate.reduce import Reduction, drop
 from keeprate.vit.base import StagedMethod, Tokens
 
-_STUDY = "Which Tokens to Use? Investigating Token Reduction in Vision Transformers"
 
-
-@register(paper="", kind="baseline")
+@register(kind="baseline")
 @dataclass(frozen=True)
 class Random(StagedMethod):
     """Keep k_i = int(keep^i n) patches chosen uniformly, anew at each reduction and for every sample."""
@@ -22,7 +20,7 @@ class Random(StagedMethod):
         return drop(select.top_k(s, k), score=s)
 
 
-@register(paper=_STUDY, arxiv="2308.04657", year=2023, kind="baseline")
+@register(kind="baseline")
 @dataclass(frozen=True)
 class Radial(StagedMethod):
     """Keep the k_i = int(keep^i n) patches nearest the centre of the image, the same for every input.
@@ -33,7 +31,7 @@ class Radial(StagedMethod):
     Args:
         norm: 1, 2 or inf: the norm that measures distance to the centre.
 
-    Source: fixed radial patterns of Haurum et al. 2023, section 3.3.
+    Source: fixed radial patterns of Haurum et al. 2023 (2308.04657).
     """
 
     norm: float = 2.0

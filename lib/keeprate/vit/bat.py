@@ -12,14 +12,7 @@ from keeprate.vit.base import StagedMethod, Tokens
 from keeprate.vit.tome import merge_similar
 
 
-@register(
-    paper="Beyond Attentive Tokens: Incorporating Token Importance and Diversity for Efficient Vision Transformers",
-    arxiv="2211.11315",
-    year=2022,
-    kind="merging",
-    needs=("attention rows", "features"),
-    reconstructed=True,
-)
+@register(kind="merging", needs=("attention rows", "features"), reconstructed=True)
 @dataclass(frozen=True)
 class BAT(StagedMethod):
     """The k most attended tokens lose their d most similar members by pairwise merging; the others become d clusters.
@@ -32,7 +25,7 @@ class BAT(StagedMethod):
         diversity: Share of the budget spent on the inattentive tokens.
         neighbours: Nearest tokens that define density.
 
-    Source: Long et al. 2023, section 3.2 and 3.3.
+    Source: Long et al. 2023 (2211.11315); the total of keep * n tokens fits the cost in the authors' logs.
     """
 
     diversity: float = 0.2

@@ -10,13 +10,7 @@ from keeprate.reduce import Reduction, merge
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Not All Tokens Are Equal: Human-centric Visual Analysis via Token Clustering Transformer",
-    arxiv="2204.08680",
-    year=2022,
-    kind="merging",
-    needs=("features",),
-)
+@register(kind="merging", needs=("features",))
 @dataclass(frozen=True)
 class DPCKNN(StagedMethod):
     """Cluster centres are dense and far from anything denser; every token joins the nearest centre, plain mean.
@@ -26,7 +20,7 @@ class DPCKNN(StagedMethod):
     Args:
         neighbours: Nearest tokens that define density.
 
-    Source: Zeng et al. 2022, section 3.2; before the block, on patch tokens, as in Haurum et al. 2023.
+    Source: Zeng et al. 2022 (2204.08680); before the block, on patch tokens, as in Haurum et al. 2023.
     """
 
     neighbours: int = 5

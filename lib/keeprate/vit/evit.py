@@ -9,13 +9,7 @@ from keeprate.reduce import Reduction, drop, fuse_rest
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
-    arxiv="2202.07800",
-    year=2022,
-    kind="fusing",
-    needs=("attention rows",),
-)
+@register(kind="fusing", needs=("attention rows",))
 @dataclass(frozen=True)
 class EViT(StagedMethod):
     """Keep the k = ceil(keep n) most attended of the n tokens present, and append z = sum over the rest of s_i x_i.
@@ -26,7 +20,7 @@ class EViT(StagedMethod):
     Args:
         fuse: Append the fused token; False is plain dropping.
 
-    Source: Liang et al. 2022, section 3.2, eq. 3 and 4.
+    Source: Liang et al. 2022 (2202.07800).
     """
 
     fuse: bool = True

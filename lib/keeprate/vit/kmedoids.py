@@ -12,13 +12,7 @@ from keeprate.reduce import Reduction, merge
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Which Tokens to Use? Investigating Token Reduction in Vision Transformers",
-    arxiv="2308.04657",
-    year=2023,
-    kind="clustering",
-    needs=("features", "received attention"),
-)
+@register(kind="clustering", needs=("features", "received attention"))
 @dataclass(frozen=True)
 class KMedoids(StagedMethod):
     """Clusters around input tokens, each point weighted by the attention it received; only the medoid's features
@@ -28,7 +22,7 @@ class KMedoids(StagedMethod):
         iterations: Rounds of assignment and medoid update.
         weighted: Weigh by attention received and start from the most attended; False starts from farthest points.
 
-    Source: the K-Medoids baseline of Haurum et al. 2023, section 3.2; the objective is Token Pooling's eq. 6.
+    Source: the weighted objective of Token Pooling (2110.03860), run as the K-Medoids baseline of 2308.04657.
     """
 
     iterations: int = 3

@@ -8,14 +8,7 @@ from keeprate.reduce import Reduction, merge_into
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Multi-Scale And Token Mergence: Make Your ViT More Efficient",
-    arxiv="2306.04897",
-    year=2023,
-    kind="merging",
-    needs=("attention rows", "features"),
-    reconstructed=True,
-)
+@register(kind="merging", needs=("attention rows", "features"), reconstructed=True)
 @dataclass(frozen=True)
 class MSTM(StagedMethod):
     """The k most attended tokens stay; each other one merges into its nearest by cosine, weighted by its attention.
@@ -23,7 +16,7 @@ class MSTM(StagedMethod):
     Reconstructed from the abstract: the weights are our reading, and the multi-scale half of the paper, which fuses
     coarser patches by a trained layer, is left out because nothing here is trained.
 
-    Source: the paper's token mergence.
+    Source: the abstract of 2306.04897.
     """
 
     def select(self, t: Tokens, k: int) -> Reduction:

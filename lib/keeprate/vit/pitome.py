@@ -11,13 +11,7 @@ from keeprate.vit.base import StagedMethod, Tokens
 from keeprate.vit.tome import merge_in_rounds
 
 
-@register(
-    paper="Accelerating Transformers with Spectrum-Preserving Token Merging",
-    arxiv="2405.16148",
-    year=2024,
-    kind="merging",
-    needs=("keys",),
-)
+@register(kind="merging", needs=("keys",))
 @dataclass(frozen=True)
 class PiToMe(StagedMethod):
     """The 2r tokens of highest energy may merge: taken alternately in order of energy, one half joins the other.
@@ -29,14 +23,16 @@ class PiToMe(StagedMethod):
         keep: Fraction of the tokens present that is left by each block.
         layers: 1-based blocks; None = every block.
         margin: Margin in the first block.
+        slope: How far it has fallen after the last; the authors use 0.8 for DeiT and 0.9 for AugReg and MAE weights.
         alpha: Penalty of dissimilar tokens in the energy.
         proportional: Add log(size) to the attention logits.
 
-    Source: Tran et al. 2024, section 3.2, eq. 4; the margin's schedule is the authors' code.
+    Source: Tran et al. 2024 (2405.16148); the margin's schedule is the authors' code.
     """
 
     keep: float = 0.925
     margin: float = 0.9
+    slope: float = 0.8
     alpha: float = 1.0
     proportional: bool = True
 
@@ -48,7 +44,7 @@ class PiToMe(StagedMethod):
         return super().count(t) if keep is None else t.n - int(t.n * (1 - keep) + 1e-9)
 
     def select(self, t: Tokens, k: int) -> Reduction:
-        margin = self.margin - 0.8 * (t.layer - 1) / t.depth
+        margin = self.margin - self.slope * (t.layer - 1) / t.depth
 
         def pairs(metric: torch.Tensor, size: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
             order = score.energy(metric, margin, self.alpha).sort(dim=1, descending=True, stable=True).indices

@@ -10,13 +10,7 @@ from keeprate.reduce import Reduction, merge
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Token Pooling in Vision Transformers",
-    arxiv="2110.03860",
-    year=2021,
-    kind="merging",
-    needs=("features", "received attention"),
-)
+@register(kind="merging", needs=("features", "received attention"))
 @dataclass(frozen=True)
 class TokenPooling(StagedMethod):
     """Weighted k-means on a block's output: minimise sum_i w_i min_j ||x_i - c_j||^2, keep the centres.
@@ -28,7 +22,7 @@ class TokenPooling(StagedMethod):
         iterations: Lloyd iterations.
         weighted: Weigh by the attention received; False is plain k-means from farthest points.
 
-    Source: Marin et al. 2021, section 3.2 and 3.3 (WK-Means).
+    Source: Marin et al. 2021 (2110.03860), WK-Means.
     """
 
     iterations: int = 5

@@ -13,7 +13,7 @@ from keeprate.reduce import Reduction, gather_tokens, merge, merge_pairs
 from keeprate.vit.base import Tokens, ViTMethod
 
 
-@register(paper="Token Merging: Your ViT but Faster", arxiv="2210.09461", year=2022, kind="merging", needs=("keys",))
+@register(kind="merging", needs=("keys",))
 @dataclass(frozen=True)
 class ToMe(ViTMethod):
     """Every second token proposes to its most similar other; the r best proposals merge by size-weighted mean.
@@ -26,7 +26,7 @@ class ToMe(ViTMethod):
         metric: "keys" (mean over heads) or "features".
         proportional: Add log(size) to the attention logits.
 
-    Source: Bolya et al. 2023, sections 3 and 4; the schedule is their appendix D.
+    Source: Bolya et al. 2023 (2210.09461).
     """
 
     r: int | tuple[int, float] = 13

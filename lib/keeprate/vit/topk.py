@@ -9,13 +9,7 @@ from keeprate.reduce import Reduction, drop
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Which Tokens to Use? Investigating Token Reduction in Vision Transformers",
-    arxiv="2308.04657",
-    year=2023,
-    kind="pruning",
-    needs=("attention rows",),
-)
+@register(kind="pruning", needs=("attention rows",))
 @dataclass(frozen=True)
 class TopK(StagedMethod):
     """Keep the k_i = int(keep^i n) patches of highest class attention; the mean attention received without a class
@@ -23,7 +17,7 @@ class TopK(StagedMethod):
 
     A budget by coverage or threshold keeps a different number in every sample.
 
-    Source: the "Top-K" baseline of Haurum et al. 2023, section 3.1; the plain-drop half of EViT.
+    Source: the Top-K baseline of Haurum et al. 2023 (2308.04657); the plain-drop half of EViT.
     """
 
     takes_ragged: ClassVar[bool] = True

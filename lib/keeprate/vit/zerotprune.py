@@ -11,13 +11,7 @@ from keeprate.reduce import Reduction, drop, gather_tokens
 from keeprate.vit.base import StagedMethod, Tokens
 
 
-@register(
-    paper="Zero-TPrune: Zero-Shot Token Pruning through Leveraging of the Attention Graph in Pre-Trained Transformers",
-    arxiv="2305.17328",
-    year=2023,
-    kind="pruning",
-    needs=("attention matrix", "keys"),
-)
+@register(kind="pruning", needs=("attention matrix", "keys"))
 @dataclass(frozen=True)
 class ZeroTPrune(StagedMethod):
     """Weighted PageRank of every head's attention graph; redundant unimportant tokens go first, then the least
@@ -33,7 +27,7 @@ class ZeroTPrune(StagedMethod):
             the published bounds, whose scale the paper leaves open.
         emphasise_cls: Start the class token at sqrt(n) times the others (the paper's Zero-TPrune); False is its -uni.
 
-    Source: Wang et al. 2024, sections 3.2 (PageRank, head filter, aggregation) and 3.3 (similarity).
+    Source: Wang et al. 2024 (2305.17328), from two published notes on it; there is no official code.
     """
 
     similar: int = 10
