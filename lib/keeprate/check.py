@@ -1,5 +1,7 @@
 """Checks of arguments whose errors say what was given and what is allowed."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -34,3 +36,11 @@ def choice(name: str, value: Any, allowed: tuple) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     return value
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    """The message for a name that does not exist: what was given, the closest one, all that are allowed."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(given, allowed, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {given!r}{hint} Allowed: {', '.join(allowed) or 'none'}"

@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from keeprate.check import choice
-from keeprate.project import read_yaml, root, unknown
+from keeprate.check import choice, unknown
 
 _registry: dict[str, type["Method"]] = {}
 
@@ -78,7 +77,9 @@ def methods(family: str | None = None) -> pd.DataFrame:
 
 def papers() -> dict[str, dict[str, Any]]:
     """Where each method was published, by class name: title, arxiv, year, venue (data/papers.yaml)."""
-    return read_yaml(root() / "data" / "papers.yaml")
+    from keeprate import project  # needs pydantic, which a training machine may lack
+
+    return project.read_yaml(project.root() / "data" / "papers.yaml")
 
 
 def method(name: str, **params: Any) -> Method:

@@ -26,7 +26,7 @@ class Step:
 
 @dataclass
 class Trace:
-    """Record of the forward passes run inside a method's `with` block; one list of steps per forward.
+    """Record of the forward passes run inside a method's `with` block; the samples of all of them stand in one batch.
 
     Example:
         >>> with kr.vit.ToMe(r=8)(vit.model) as trace:   # doctest: +SKIP
@@ -43,7 +43,7 @@ class Trace:
 
     @property
     def steps(self) -> list[Step]:
-        """Steps of all forward passes joined along the batch; narrower batches are padded with -1 / 0."""
+        """Steps of all forward passes joined along the batch; what is narrower is padded with -1, 0 or NaN."""
         if not self.runs:
             return []
         return [_join(same) for same in zip(*self.runs, strict=True)]
@@ -78,28 +78,32 @@ class Trace:
         n0 = self.grid[0] * self.grid[1] if not self.steps else self.steps[0].assignment.shape[1]
         counts = torch.full((sum(self.batches), self.depth), n0)
         for step in self.steps:
-            counts[:, step.layer - 1 :] = (step.size > 0).sum(1, keepdim=True)
+            counts[:, step.layer - 1 :] = (step.size > 0).sum(1, keepdim=True).cpu()
         return counts
 
     def mask(self, step: int = -1) -> torch.Tensor:
         """[b, n0] boolean: which original patches still stand for themselves after a reduction."""
         kept, assignment = self.kept[step], self.assignments[step]
-        mask = torch.zeros(len(kept), assignment.shape[1] + 1, dtype=torch.bool)
+        mask = torch.zeros(len(kept), assignment.shape[1] + 1, dtype=torch.bool, device=kept.device)
         return mask.scatter(1, kept + 1, True)[:, 1:]  # -1 lands in column 0
 
 
 def _join(steps: tuple[Step, ...]) -> Step:
     if len(steps) == 1:
         return steps[0]
-    width = max(s.kept.shape[1] for s in steps)
 
-    def pad(x: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+    def join(tensors: list[torch.Tensor], fill: float) -> torch.Tensor:
+        width = max(x.shape[1] for x in tensors)
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in tensors])
 
+    scores = None
+    if any(s.score is not None for s in steps):
+        blank = [torch.full(s.assignment.shape, float("nan"), device=s.kept.device) for s in steps]
+        scores = join([b if s.score is None else s.score for s, b in zip(steps, blank, strict=True)], float("nan"))
     return Step(
         steps[0].layer,
-        torch.cat([pad(s.kept, -1) for s in steps]),
-        torch.cat([pad(s.size, 0) for s in steps]),
-        torch.cat([s.assignment for s in steps]),
-        None if steps[0].score is None else torch.cat([s.score for s in steps]),
+        join([s.kept for s in steps], -1),
+        join([s.size for s in steps], 0),
+        join([s.assignment for s in steps], -1),
+        scores,
     )
