@@ -9,7 +9,7 @@ JOBS ?= 2
 
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 comma := ,
 
 # `-P` for every Python: the repository root stays off sys.path, where the folder kernels/ would pass for the package `kernels`.
@@ -54,14 +54,15 @@ strip: $(READY)
 
 # torch comes first, alone: asked for by this exact version it can be a CPU wheel; as somebody's dependency it is gigabytes.
 define TRY
-for attempt in 1 2 3; do $(1) && break; [ $$attempt -lt 3 ] || exit 1; echo "retrying"; sleep 5; done
+@for attempt in 1 2 3; do $(PIP) install $(1) && break; [ $$attempt -lt 3 ] || exit 1; echo "trying again"; sleep 5; done
 endef
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keeprate needs Python 3.11 or newer, $(PYTHON) is " + sys.version)'
-	$(PYTHON) -m venv .venv
-	$(call TRY,$(PIP) install $$(grep '^torch==' requirements.lock))
-	$(call TRY,$(PIP) install -r requirements.lock)
-	$(call TRY,$(PIP) install --no-deps --no-build-isolation -e .)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keeprate needs Python 3.11 or newer, not " + sys.version)'
+	@echo "installing into .venv, once; this takes some minutes"
+	@$(PYTHON) -m venv .venv
+	$(call TRY,$$(grep '^torch==' requirements.lock))
+	$(call TRY,-r requirements.lock)
+	$(call TRY,--no-deps --no-build-isolation --editable .)
 	@touch $(READY)
 
 # Solve pyproject.toml anew in a fresh environment; writes requirements.lock and environment.yml.

@@ -8,7 +8,7 @@ import yaml
 
 TIER = config.get("tier", "default")
 MANIFEST = yaml.safe_load(Path("notebooks/manifest.yaml").read_text()) or {}
-NOTEBOOKS = [name for name in str(config.get("notebooks", "")).split(",") if name] or list(MANIFEST)
+NOTEBOOKS = (config.get("notebooks") or ",".join(MANIFEST)).split(",")
 FAMILIES = {entry["family"] for entry in MANIFEST.values()}
 
 unknown = sorted(set(NOTEBOOKS) - set(MANIFEST))

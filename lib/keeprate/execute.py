@@ -23,7 +23,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from keeprate import expected, ledger, project, run
+from keeprate import expected, ledger, project
 from keeprate.engine import IPCEngine
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -57,7 +57,7 @@ def execute(notebook: str, tier: str, out: Path, gpus: str | None = None, strict
         folder = out.resolve() / source.stem / f"{tier}-{project.digest(parameters)}"
         folder.mkdir(parents=True, exist_ok=True)
         status["run"] = folder.name
-        run.discard(folder)
+        project.discard(folder)
         failed, executed = folder / "failed.ipynb", folder / source.name
         executed.unlink(missing_ok=True)
         os.environ.update({"KEEPRATE_RUN_DIR": str(folder), "KEEPRATE_TIER": tier, "JUPYTER_PREFER_ENV_PATH": "1"})
@@ -72,6 +72,7 @@ def execute(notebook: str, tier: str, out: Path, gpus: str | None = None, strict
                 parameters=parameters,
                 engine_name="keeprate",
                 kernel_name="python3",
+                language="python",
                 cwd=source.parent,
                 progress_bar=False,
                 start_timeout=180,
@@ -79,7 +80,7 @@ def execute(notebook: str, tier: str, out: Path, gpus: str | None = None, strict
             )
         except (PapermillExecutionError, DeadKernelError) as error:
             # What the notebook wrote before it failed is no result.
-            run.discard(folder)
+            project.discard(folder)
             what = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else str(error)
             raise RunFailed(f"{what}\nexecuted copy: {failed}") from None
         _check(folder, source.stem, strict_drift)

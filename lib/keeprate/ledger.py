@@ -198,13 +198,10 @@ def summary(runs: Path, tier: str, names: list[str]) -> pd.DataFrame:
     for name in names:
         status = read_status(runs, name, tier) or {"status": "never run"}
         results = read_results(runs, name, tier) or {"claims": [], "peak_memory_gb": {}}
-        row = {"notebook": name, "run": status["status"], "minutes": status.get("minutes")}
-        row["peak GB"] = results["peak_memory_gb"].get("process")
-        row |= {verdict: sum(c["verdict"] == verdict for c in results["claims"]) for verdict in VERDICTS}
-        row["results"] = str(runs / name / status["run"]) if "run" in status else ""
-        rows.append(row)
-    columns = ["notebook", "run", "minutes", "peak GB", *VERDICTS, "results"]
-    return pd.DataFrame(rows, columns=columns)
+        counts = {verdict: sum(c["verdict"] == verdict for c in results["claims"]) for verdict in VERDICTS}
+        peak = results["peak_memory_gb"].get("process")
+        rows.append([name, status["status"], status.get("minutes"), peak, *counts.values(), status.get("run")])
+    return pd.DataFrame(rows, columns=["notebook", "status", "minutes", "peak GB", *VERDICTS, "run"], dtype=object)
 
 
 def main() -> None:
@@ -217,9 +214,14 @@ def main() -> None:
     ledger = build(arguments.runs)
     project.write_text(arguments.runs / "ledger.csv", ledger.to_csv(index=False))
     project.write_text(arguments.runs / "LEDGER.md", to_markdown(ledger))
-    table = summary(arguments.runs, arguments.tier, arguments.notebooks or list(project.manifest()))
-    print(table.to_markdown(index=False, floatfmt=".2f"))
-    print(f"\nledger of {len(ledger)} claims: {arguments.runs / 'LEDGER.md'}")
+    names = arguments.notebooks or list(project.manifest())
+    table = summary(arguments.runs, arguments.tier, names)
+    print(f"\n{table.to_markdown(index=False, floatfmt='.2f', missingval='')}\n")
+    for name in names:
+        status = read_status(arguments.runs, name, arguments.tier) or {}
+        if "error" in status:
+            print(f"{name} failed: {status['error']}\n")
+    print(f"results: {arguments.runs}/<notebook>/<run>\nledger of {len(ledger)} claims: {arguments.runs / 'LEDGER.md'}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -68,6 +68,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def discard(run: Path) -> None:
+    """Empty a run's folder of results, so that nothing old passes for the outcome of a run that fails."""
+    (run / "results.json").unlink(missing_ok=True)
+    shutil.rmtree(run / "figures", ignore_errors=True)
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
     """The message for a name that does not exist: what was given, the closest one, all that are allowed."""
     allowed = sorted(allowed)
@@ -87,7 +93,7 @@ class Notebook(BaseModel):
     family: str
     """The package under lib/keeprate whose changes rerun the notebook; any other word: every family's."""
     papers: list[str]
-    """arXiv ids, keys of data/papers.yaml."""
+    """arXiv ids that data/papers.yaml knows."""
     models: list[str] = []
     """Embedded checkpoints it loads, folders of data/models."""
     needs: Literal["cpu", "gpu"] = "cpu"
@@ -125,6 +131,12 @@ def notebook_path(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{folder}: {unknown('notebook', name, (p.stem for p in folder.glob('*.ipynb')))}")
     return path
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook as plain dictionaries, each source one string."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in found]
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -167,14 +179,13 @@ def declared(path: Path) -> dict[str, Parameter]:
     Raises:
         ValueError: not exactly one such cell, or a line that is not `name: type = literal`.
     """
-    notebook = nbformat.read(path, as_version=4)
-    cells = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ValueError(f"{path}: {len(cells)} cells are tagged 'parameters', must be one")
-    tokens = tokenize.generate_tokens(io.StringIO(cells[0]).readline)
+    sources = [c["source"] for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    if len(sources) != 1:
+        raise ValueError(f"{path}: {len(sources)} cells are tagged 'parameters', must be one")
+    tokens = tokenize.generate_tokens(io.StringIO(sources[0]).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     found = {}
-    for line in ast.parse(cells[0]).body:
+    for line in ast.parse(sources[0]).body:
         source = ast.unparse(line)
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
             raise ValueError(f"{path}: parameters cell: `{source}` is not `name: type = literal`")
@@ -240,7 +251,7 @@ def code_digest(name: str) -> str:
     state = hashlib.sha256()
     for source in sources:
         state.update(source.name.encode() + source.read_bytes())
-    for cell in nbformat.read(notebook_path(name), as_version=4).cells:
-        if cell.cell_type == "code":
-            state.update(cell.source.encode())
+    for cell in cells(notebook_path(name)):
+        if cell["cell_type"] == "code":
+            state.update(cell["source"].encode())
     return state.hexdigest()[:8]

@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -295,7 +294,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     tier = os.environ.get("KEEPRATE_TIER", "interactive")
     folder = project.root() / "runs" / notebook / f"{tier}-{project.digest(params)}"
     folder = Path(os.environ.get("KEEPRATE_RUN_DIR", folder))
-    discard(folder)
+    project.discard(folder)
     versions = _versions()
     print(
         f"{notebook} · tier {tier} · {device} ({torch.get_num_threads()} threads) · "
@@ -303,12 +302,6 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     )
     print(", ".join(f"{name}={value!r}" for name, value in params.items()) or "no parameters")
     return Run(notebook, tier, params, seed, device, folder)
-
-
-def discard(folder: Path) -> None:
-    """Remove what an earlier run left in its folder, so that nothing old passes for the result of a run that fails."""
-    (folder / "results.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / "figures", ignore_errors=True)
 
 
 def _is_literal(name: str, value: Any) -> bool:
