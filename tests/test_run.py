@@ -211,7 +211,7 @@ def test_drift_names_old_new_and_origin(toy, capsys):
     assert "accuracy: 0.9 -> 0.8" in expected.update(finished(0.8, 2.0) | {"tier": "default"})
 
 
-# --------------------------------------------------------------------------------------- through papermill and Snakemake
+# -------------------------------------------------------------------------------------- through papermill and Snakemake
 
 
 def test_snakemake_runs_them_all_and_a_failed_notebook_stops_no_other(toy, root):

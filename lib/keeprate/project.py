@@ -1,20 +1,21 @@
 """Where the project keeps its files, and what it says about each notebook: manifest, tiers, declared parameters."""
 
 import ast
-import difflib
 import hashlib
 import io
 import json
 import os
 import shutil
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from keeprate.check import unknown
 
 TIERS = ("smoke", "default", "paper")
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "None": None}
@@ -72,14 +73,6 @@ def discard(run: Path) -> None:
     """Empty a run's folder of results, so that nothing old passes for the outcome of a run that fails."""
     (run / "results.json").unlink(missing_ok=True)
     shutil.rmtree(run / "figures", ignore_errors=True)
-
-
-def unknown(what: str, given: str, allowed: Iterable[str]) -> str:
-    """The message for a name that does not exist: what was given, the closest one, all that are allowed."""
-    allowed = sorted(allowed)
-    close = difflib.get_close_matches(given, allowed, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else "."
-    return f"unknown {what} {given!r}{hint} Allowed: {', '.join(allowed) or 'none'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest

@@ -30,6 +30,7 @@ import pandas as pd
 import torch
 
 from keeprate import expected, ledger, project
+from keeprate.check import unknown
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -122,7 +123,7 @@ class Run:
             raise ValueError(f"figure {name!r}: a tolerance needs data to compare")
         for column in tolerance if isinstance(tolerance, Mapping) else ():
             if column not in data.columns:
-                raise ValueError(f"figure {name!r}: {project.unknown('column', column, map(str, data.columns))}")
+                raise ValueError(f"figure {name!r}: {unknown('column', column, map(str, data.columns))}")
         path = self.dir / "figures" / f"{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
@@ -173,7 +174,7 @@ class Run:
         claims = ledger.load_claims()
         own = [name for name, claim in claims.items() if claim.notebook == self.notebook]
         if id not in claims:
-            raise ValueError(project.unknown("claim", id, own))
+            raise ValueError(unknown("claim", id, own))
         if id not in own:
             raise ValueError(f"claim {id!r} belongs to the notebook {claims[id].notebook}, this is {self.notebook}")
         if holds and not effect > 0:
