@@ -37,8 +37,9 @@ def register(*, kind: str, needs: tuple[str, ...] = (), reconstructed: bool = Fa
     """
 
     def wrap(cls: type[Method]) -> type[Method]:
-        if cls.__name__ in _registry:
-            raise ValueError(f"a method called {cls.__name__} is registered already")
+        held = _registry.get(cls.__name__)
+        if held is not None and held.__module__ != cls.__module__:  # running a notebook's cell again is no clash
+            raise ValueError(f"a method called {cls.__name__} is registered already, by {held.__module__}")
         cls.info = {"kind": kind, "needs": ", ".join(needs), "reconstructed": reconstructed}
         _registry[cls.__name__] = cls
         return cls

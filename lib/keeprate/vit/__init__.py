@@ -2,6 +2,7 @@
 
 from keeprate.vit.atc import ATC
 from keeprate.vit.ats import ATS
+from keeprate.vit.base import StagedMethod, Tokens, ViTMethod
 from keeprate.vit.baselines import Radial, Random
 from keeprate.vit.bat import BAT
 from keeprate.vit.dpcknn import DPCKNN
@@ -25,8 +26,11 @@ __all__ = [
     "PiToMe",
     "Radial",
     "Random",
+    "StagedMethod",
     "ToMe",
     "TokenPooling",
+    "Tokens",
     "TopK",
+    "ViTMethod",
     "ZeroTPrune",
 ]
