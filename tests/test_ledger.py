@@ -82,6 +82,7 @@ def write_run(tier: str, status: str = "ok", **claim) -> None:
 
 def test_ledger_shows_what_was_not_run(toy):
     write_claims(FIELDS, FIELDS | {"id": "vit.toy.unseen"})
+    assert "* not run: 2" in ledger.to_markdown(ledger.build("runs"))
     write_run("default")
     table = ledger.build("runs").set_index("claim")
     assert table.verdict.to_dict() == {"vit.toy.better": "direction only", "vit.toy.unseen": "not run"}

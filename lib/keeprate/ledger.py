@@ -152,7 +152,7 @@ def build(runs: Path | str) -> pd.DataFrame:
                 "reason": measured.get("reason", "no successful run has checked it"),
             }
         )
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"seeds": "Int64"})
+    return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
 
 
 def to_markdown(ledger: pd.DataFrame) -> str:
@@ -166,19 +166,20 @@ def to_markdown(ledger: pd.DataFrame) -> str:
     lines += ["", "Effects are positive in the claim's favour. Small embedded models can show a direction, never the"]
     lines += ["paper's number: `reproduced` needs the paper's own model and data (tier `paper`)."]
     for family, claims in ledger.groupby("family"):
-        shown = pd.DataFrame(
+        shown = [
             {
-                "claim": claims.claim,
-                "statement": claims.statement,
-                "paper's number": claims.papers_number.fillna(""),
-                "verdict": claims.verdict.where(claims.reason == "", claims.verdict + " (" + claims.reason + ")"),
-                "effect": [effect_text(row.effect, (row.low, row.high)) for row in claims.itertuples()],
-                "seeds": claims.seeds.astype(object).where(claims.seeds.notna(), ""),
-                "where": (claims.notebook + ", " + claims.tier + ", " + claims.device).fillna(claims.notebook),
-                "source": claims.paper + " (arXiv " + claims.arxiv + ")",
+                "claim": row.claim,
+                "statement": row.statement,
+                "paper's number": row.papers_number or "",
+                "verdict": f"{row.verdict} ({row.reason})" if row.reason else row.verdict,
+                "effect": effect_text(row.effect, (row.low, row.high)),
+                "seeds": "" if pd.isna(row.seeds) else row.seeds,
+                "where": ", ".join(filter(None, (row.notebook, row.tier, row.device))),
+                "source": f"{row.paper} (arXiv {row.arxiv})",
             }
-        )
-        lines += ["", f"## {family}", "", shown.to_markdown(index=False, disable_numparse=True)]
+            for row in claims.itertuples()
+        ]
+        lines += ["", f"## {family}", "", pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)]
     return "\n".join(lines) + "\n"
 
 
