@@ -7,10 +7,12 @@ the second being what training needs.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from keeprate.score import similarity
+from keeprate.select import rest
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -58,31 +60,38 @@ class Reduction:
             own = own.masked_fill(~self.valid, -1)
         return self.rep.new_full((len(self.rep), n), -1).scatter(1, self.rep, own)
 
+    @cached_property
+    def moved(self) -> torch.Tensor:
+        """[b, n - m] the tokens that stand for no slot: they join another, or are dropped."""
+        return rest(self.rep, self.slot.shape[1])
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Physical execution on features: [b, n, d] -> [b, m, d]."""
+        """Physical execution on features: [b, n, d] -> [b, m, d]. Only the rows that move are touched twice."""
+        y = gather_tokens(x, self.rep)
         if self.slot is None:
-            return gather_tokens(x, self.rep)
+            return y
+        base, slot = y.float(), self.slot.gather(1, self.moved)
+        there = slot.clamp_min(0)
         weight = torch.ones(x.shape[:2], device=x.device) if self.weight is None else self.weight.float()
-        y = self._add(weight[..., None] * x.float())
+        own, extra = weight.gather(1, self.rep), weight.gather(1, self.moved) * (slot >= 0)
+        part = gather_tokens(x, self.moved).float()
         if self.average:
-            total = self._add(weight[..., None])
-            # a slot whose members all weigh nothing falls back to its representative
-            y = torch.where(total > 0, y / total.clamp_min(1e-12), gather_tokens(x, self.rep).float())
-        return y.to(x.dtype)
+            # the weighted mean as a step from the representative; a slot of no weight at all keeps its representative
+            extra = extra / self.total(weight).gather(1, there).clamp_min(1e-12)
+            part = part - gather_tokens(base, there)
+        else:
+            base = own[..., None] * base
+        flat = (there + torch.arange(len(x), device=x.device)[:, None] * self.m).flatten()
+        y = base.flatten(0, 1).index_add(0, flat, (extra[..., None] * part).flatten(0, 1))
+        return y.view(base.shape).to(x.dtype)
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the members of every slot (sizes): [b, n] -> [b, m]."""
         if self.slot is None:
-            y = gather_tokens(x, self.rep)
+            y = x.gather(1, self.rep)
             return y if self.valid is None else y.masked_fill(~self.valid, 0)
-        return self._add(x[..., None]).squeeze(-1)
-
-    def _add(self, x: torch.Tensor) -> torch.Tensor:
-        b, _, d = x.shape
-        # slot 0 of every sample is a bin for the dropped
-        flat = (self.slot + 1 + torch.arange(b, device=x.device)[:, None] * (self.m + 1)).flatten()
-        y = torch.zeros(b * (self.m + 1), d, device=x.device, dtype=x.dtype).index_add(0, flat, x.reshape(-1, d))
-        return y.view(b, self.m + 1, d)[:, 1:]
+        bins = torch.zeros(len(x), self.m + 1, device=x.device, dtype=x.dtype)  # column 0 is for the dropped
+        return bins.scatter_add(1, self.slot + 1, x)[:, 1:]
 
     def masked(self, x: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masked execution: the same values, written to the representatives, in a sequence of unchanged length.
