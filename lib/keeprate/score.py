@@ -1,11 +1,47 @@
 """Score: which tokens matter? Pure functions on tensors; every result is fp32 and higher means keep.
 
-Attention itself is a score: `AttentionView.rows(0)` is class attention, `AttentionView.received()` the column sums.
-What stands here is everything computed beyond that.
+Attention is read from an `AttentionView`, which computes a few rows or the column sums, so that no function here builds
+an n x n matrix of attention, `pagerank` apart.
 """
 
 import torch
 import torch.nn.functional as F
+
+from keeprate.attention import AttentionView
+
+
+def attention_from(view: AttentionView, rows: int | list[int] | torch.Tensor, prefix: int = 0) -> torch.Tensor:
+    """Attention that given query rows pay to every token, mean over the rows, by head.
+
+    Row 0 of a vision encoder with a class token is the class attention of EViT; the last row of a language model's
+    prompt is the text attention of FastV and its relatives.
+
+    Args:
+        view: An attention layer.
+        rows: Query rows.
+        prefix: Leading tokens to leave out of the result.
+
+    Returns:
+        [b, h, n - prefix].
+    """
+    return view.rows(rows).mean(2)[..., prefix:]
+
+
+def attention_received(view: AttentionView, prefix: int = 0, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention that every token receives, mean over query rows, by head; needs no class token.
+
+    Args:
+        view: An attention layer.
+        prefix: Leading tokens to leave out of the result.
+        valid: [b, n_q] which query rows are real; None = all.
+
+    Returns:
+        [b, h, n - prefix].
+    """
+    if valid is None:
+        return view.received()[..., prefix:] / view.q.shape[2]
+    weight = valid.float()[:, None]
+    return view.received(weight)[..., prefix:] / weight.sum(-1, keepdim=True)
 
 
 def value_norm(v: torch.Tensor, per_head: bool = False) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from keeprate import score
 from keeprate.anatomy import Anatomy, anatomy, quarters, supported
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.budget import Budget
@@ -78,13 +79,12 @@ class Tokens:
 
     def heads(self, cls: bool) -> torch.Tensor:
         """[b, h, n] attention each token gets by head: from the class token, or the mean over (real) query rows."""
-        view = self.attention
         if cls:
-            return view.rows(0)[:, :, 0, self.prefix :]
-        if self.valid is None:
-            return view.received()[..., self.prefix :] / (self.prefix + self.n)
-        weight = torch.nn.functional.pad(self.valid.float(), (self.prefix, 0), value=1.0)[:, None]
-        return view.received(weight)[..., self.prefix :] / weight.sum(-1, keepdim=True)
+            return score.attention_from(self.attention, 0, self.prefix)
+        valid = self.valid
+        if valid is not None:
+            valid = nn.functional.pad(valid, (self.prefix, 0), value=True)
+        return score.attention_received(self.attention, self.prefix, valid)
 
     def received(self) -> torch.Tensor:
         """[b, n] attention each token receives, mean over heads and query rows."""
