@@ -222,6 +222,9 @@ def main() -> None:
         status = read_status(arguments.runs, name, arguments.tier) or {}
         if "error" in status:
             print(f"{name} failed: {status['error']}\n")
+        drift = (read_results(arguments.runs, name, arguments.tier) or {}).get("drift")
+        if drift:
+            print("\n  ".join([f"{name} DRIFTED from data/expected:", *drift]) + "\n")
     print(f"results: {arguments.runs}/<notebook>/<run>\nledger of {len(ledger)} claims: {arguments.runs / 'LEDGER.md'}")
 
 
