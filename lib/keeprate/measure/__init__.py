@@ -1,0 +1,25 @@
+"""Measure: accuracy with intervals, cost (FLOPs, time, memory), and whether a score finds the tokens that matter."""
+
+from keeprate.measure.accuracy import Evaluation, evaluate
+from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, speed
+from keeprate.measure.interval import Interval, bootstrap, paired_difference
+from keeprate.measure.truth import Localisation, auroc, localisation, recall, recall_at_budget
+
+__all__ = [
+    "Evaluation",
+    "Interval",
+    "Localisation",
+    "Speed",
+    "auroc",
+    "bootstrap",
+    "evaluate",
+    "flops",
+    "flops_estimate",
+    "localisation",
+    "operations",
+    "paired_difference",
+    "peak_memory",
+    "recall",
+    "recall_at_budget",
+    "speed",
+]
