@@ -8,7 +8,7 @@ import yaml
 
 TIER = config.get("tier", "default")
 MANIFEST = yaml.safe_load(Path("notebooks/manifest.yaml").read_text()) or {}
-NOTEBOOKS = (config.get("notebooks") or ",".join(MANIFEST)).split(",")
+NOTEBOOKS = config["notebooks"].split(",") if config.get("notebooks") else list(MANIFEST)
 FAMILIES = {entry["family"] for entry in MANIFEST.values()}
 
 unknown = sorted(set(NOTEBOOKS) - set(MANIFEST))
