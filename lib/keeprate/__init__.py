@@ -1,7 +1,7 @@
 """keeprate: which tokens matter, and what becomes of the rest.
 
-score, select, reduce, place: `keeprate.score`, `keeprate.select` and `keeprate.reduce` are pure functions on tensors, each
-family's package (`keeprate.vit`) composes them into methods and places them in a model.
+`keeprate.score`, `keeprate.select` and `keeprate.reduce` are pure functions on tensors; each family's package
+(`keeprate.vit`) composes them into methods and places them in a model.
 """
 
 import importlib

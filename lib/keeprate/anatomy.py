@@ -104,6 +104,7 @@ class Anatomy:
         block: How to run a block in two halves.
         prefix: Number of protected tokens in front of the patches.
         has_cls: Whether token 0 is a class token.
+        patches: The convolution that makes the patches, [b, d, rows, cols].
         grid: Rows and columns of patches at the configured image size.
         mean_pooled: Whether the head averages the patch tokens of the tower's output.
     """
@@ -114,6 +115,7 @@ class Anatomy:
     block: Block
     prefix: int
     has_cls: bool
+    patches: nn.Module
     grid: tuple[int, int]
     mean_pooled: bool
 
@@ -161,8 +163,9 @@ def anatomy(model: nn.Module) -> Anatomy:
             row.block,
             row.prefix(tower.config),
             row.has_cls,
+            next(m for m in tower.modules() if isinstance(m, nn.Conv2d)),
             grid_of(tower.config),
-            type(model).__name__ == row.mean_pooled,
+            any(type(m).__name__ == row.mean_pooled for m in model.modules()),
         )
     raise ValueError(
         f"{type(model).__name__} holds no supported vision encoder; supported are {', '.join(supported())} "

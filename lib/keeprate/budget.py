@@ -1,11 +1,10 @@
 """How many tokens may survive: one value for all families."""
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
 
-from keeprate.check import fraction, whole
+from keeprate.check import fraction, number, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,10 +51,9 @@ class Budget:
                 fraction("every fraction of a schedule", entry)
             else:
                 whole("a number of tokens", entry)
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ValueError(f"threshold must be finite; got {self.threshold!r}")
-        if not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"floor must lie in [0, 1]; got {self.floor!r}")
+        if self.threshold is not None:
+            number("threshold", self.threshold)
+        number("floor", self.floor, 0, 1)
 
     def __repr__(self) -> str:
         given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)

@@ -1,6 +1,7 @@
 """Checks of arguments whose errors say what was given and what is allowed."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,18 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     return value
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return `value` as a float if it is a number in [low, high]; infinity is none.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    real = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    if not real or not low <= value <= high:
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]; got {value!r}")
+    return float(value)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> Any:

@@ -129,8 +129,9 @@ class ViTMethod(Method):
         layers = getattr(self, "layers", None)
         if layers is None:
             return quarters(depth)
-        if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= depth:
-            raise ValueError(f"layers must be increasing block numbers in 1..{depth}; got {layers}")
+        numbers = isinstance(layers, tuple | list) and all(type(layer) is int for layer in layers)
+        if not numbers or not layers or [*layers] != sorted({*layers}) or not 1 <= layers[0] <= layers[-1] <= depth:
+            raise ValueError(f"layers must be increasing block numbers in 1..{depth}; got {layers!r}")
         return tuple(layers)
 
     @contextmanager
@@ -207,11 +208,7 @@ class Session(Listener):
         }
         self.trace = Trace(repr(method), body.grid, body.prefix, body.depth)
         self.generator = torch.Generator().manual_seed(seed)
-        self.pooling_head = bool(getattr(body.tower, "use_head", False)) and not body.mean_pooled
-        if masked and self.pooling_head:
-            raise ValueError(
-                "masked execution does not work with an attention-pooling head, which would see dropped tokens"
-            )
+        self.grid = body.grid
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[None]:
@@ -226,6 +223,9 @@ class Session(Listener):
             stack.enter_context(listen(model, self, attention))
             for number, layer in enumerate(body.layers, 1):
                 stack.enter_context(_replace_forward(layer, self._forward(number, layer)))
+            stack.callback(body.patches.register_forward_hook(self._see_grid).remove)
+            for pooling in (m for m in body.tower.modules() if isinstance(m, nn.MultiheadAttention)):
+                stack.callback(pooling.register_forward_pre_hook(self._hide, with_kwargs=True).remove)
             if body.mean_pooled:
                 stack.callback(body.tower.register_forward_hook(self._weigh).remove)
             yield
@@ -253,6 +253,9 @@ class Session(Listener):
 
         return forward
 
+    def _see_grid(self, patches: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        self.grid = tuple(output.shape[2:])  # an image need not have the configured size
+
     def _begin(self, x: torch.Tensor) -> None:
         b, n = x.shape[0], x.shape[1] - self.body.prefix
         if b == 0:
@@ -262,8 +265,6 @@ class Session(Listener):
             raise ValueError(f"pixel_values hold NaN or infinity in samples {(~finite).nonzero().flatten().tolist()}")
         if self.body.layers[0].training and getattr(self.body.layers[0], "gradient_checkpointing", False):
             raise ValueError("token reduction does not work under gradient checkpointing: blocks would reduce twice")
-        rows, cols = self.body.grid
-        self.grid = self.body.grid if rows * cols == n else _grid(n)
         self.trace.grid = self.grid
         self.view: AttentionView | None = None
         self.size = torch.ones(b, n, device=x.device)
@@ -328,8 +329,6 @@ class Session(Listener):
             self.ids = self.ids.masked_fill(last, -1)
         self.valid = reduction.valid
         if self.valid is not None:
-            if self.pooling_head:
-                raise ValueError("a budget that differs by sample is not possible with an attention-pooling head")
             self.ids = self.ids.masked_fill(~self.valid, -1)
         self.merged = self.merged or reduction.slot is not None
 
@@ -349,30 +348,36 @@ class Session(Listener):
     def fold(self, module: nn.Module, view: AttentionView) -> None:
         self.view = view
 
+    def _seen(self) -> torch.Tensor | None:
+        """[b, length] which tokens of the running sequence exist; None = all."""
+        there = self.valid
+        if there is not None:
+            there = nn.functional.pad(there, (self.body.prefix, 0), value=True)
+        if self.masked and self.alive.shape[1] < self.length:
+            there = visible(self.alive, self.length, there)
+        return there
+
     def _bias(self) -> torch.Tensor | None:
         """Additive bias over keys [b, 1, 1, length]: hidden tokens, and log(size) where the method asks for it."""
-        bias = None
-        front = (self.body.prefix, 0)
+        bias, seen = None, self._seen()
         if self.merged and getattr(self.method, "proportional", False):
-            bias = nn.functional.pad(self.size.clamp_min(1.0).log(), front)
-        there = None if self.valid is None else nn.functional.pad(self.valid, front, value=True)
-        if self.masked and self.alive.shape[1] < self.length:
-            if bias is not None:
+            bias = nn.functional.pad(self.size.clamp_min(1.0).log(), (self.body.prefix, 0))
+            if self.masked:
                 bias = bias.new_zeros(len(bias), self.length).scatter(1, self.alive, bias)
-            seen = visible(self.alive, self.length, there)
-            if self.gate is not None:
-                opened = (self.gate + GATE_EPS).log()
-                return (opened if bias is None else opened + bias)[:, None, None]
-        elif there is not None:
-            seen = there
-        else:
-            return None if bias is None else bias[:, None, None]
-        bias = torch.zeros(seen.shape, device=seen.device) if bias is None else bias
-        return bias.masked_fill(~seen, float("-inf"))[:, None, None]
+        if seen is not None:
+            bias = torch.zeros(seen.shape, device=seen.device) if bias is None else bias
+            # a gate closes by log(eps), through which gradients pass
+            bias = bias.masked_fill(~seen, float("-inf")) if self.gate is None else bias + (self.gate + GATE_EPS).log()
+        return None if bias is None else bias[:, None, None]
+
+    def _hide(self, pooling: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Keep an attention-pooling head from seeing tokens that do not exist."""
+        seen = self._seen()
+        return args, kwargs if seen is None else {**kwargs, "key_padding_mask": ~seen}
 
     def _weigh(self, tower: nn.Module, args: tuple, output: Any) -> Any:
         """Scale the patches so that the head's plain mean is the mean over original patches."""
-        if not self.merged and self.valid is None and not (self.masked and self.alive.shape[1] < self.length):
+        if not self.merged and self._seen() is None:
             return output
         prefix, y = self.body.prefix, output.last_hidden_state
         weight = self.size / self.size.sum(1, keepdim=True)
@@ -381,12 +386,6 @@ class Session(Listener):
         weight = nn.functional.pad(weight * weight.shape[1], (prefix, 0), value=1.0)
         output.last_hidden_state = y * weight[..., None].to(y.dtype)
         return output
-
-
-def _grid(n: int) -> tuple[int, int]:
-    """Square grid of an image that is not of the configured size."""
-    side = round(n**0.5)
-    return (side, side) if side * side == n else (1, n)
 
 
 @contextmanager

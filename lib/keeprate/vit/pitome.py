@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from keeprate import score, select
+from keeprate.check import number
 from keeprate.method import register
 from keeprate.reduce import Reduction
 from keeprate.vit.base import StagedMethod, Tokens
@@ -35,6 +36,11 @@ class PiToMe(StagedMethod):
     slope: float = 0.8
     alpha: float = 1.0
     proportional: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("margin", "slope", "alpha"):
+            number(name, getattr(self, name))
 
     def placement(self, depth: int, patches: int) -> tuple[int, ...]:
         return tuple(range(1, depth + 1)) if self.layers is None else super().placement(depth, patches)

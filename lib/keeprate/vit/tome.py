@@ -36,8 +36,8 @@ class ToMe(ViTMethod):
     proportional: bool = True
 
     def __post_init__(self):
-        base, inflection = self.r if isinstance(self.r, tuple) else (self.r, 0)
-        if isinstance(base, bool) or not isinstance(base, int) or base < 0 or not -1 <= inflection <= 1:
+        base, inflection = self.r if isinstance(self.r, tuple) and len(self.r) == 2 else (self.r, 0)
+        if type(base) is not int or base < 0 or type(inflection) not in (int, float) or not -1 <= inflection <= 1:
             raise ValueError(f"r must be an integer >= 0 or (r, inflection), inflection in [-1, 1]; got {self.r!r}")
         choice("metric", self.metric, ("keys", "features"))
         if self.keep is not None and Budget.of(self.keep).ragged:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from keeprate import score, select
-from keeprate.check import whole
+from keeprate.check import number, whole
 from keeprate.method import register
 from keeprate.reduce import Reduction, drop, gather_tokens
 from keeprate.vit.base import StagedMethod, Tokens
@@ -38,10 +38,14 @@ class ZeroTPrune(StagedMethod):
     def __post_init__(self):
         super().__post_init__()
         whole("similar", self.similar, 0)
-        if len(self.iterations) != 3:
+        if not isinstance(self.iterations, tuple) or len(self.iterations) != 3:
             raise ValueError(f"iterations must be three integers, for early, middle and late; got {self.iterations!r}")
         for count in self.iterations:
             whole("iterations", count)
+        if not isinstance(self.variance, tuple) or len(self.variance) != 2:
+            raise ValueError(f"variance must be two bounds (low, high); got {self.variance!r}")
+        for bound in self.variance:
+            number("variance", bound, 0)
 
     def select(self, t: Tokens, k: int) -> Reduction:
         s = self.ranks(t)
