@@ -56,14 +56,15 @@ strip: $(READY)
 define TRY
 @for attempt in 1 2 3; do $(PIP) install $(1) && break; [ $$attempt -lt 3 ] || exit 1; echo "trying again"; sleep 5; done
 endef
+# An installation that was cut short begins anew, for pip takes a half-copied package for an installed one.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keeprate needs Python 3.11 or newer, not " + sys.version)'
 	@echo "installing into .venv, once; this takes some minutes"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv $$([ -e .venv/.installing ] && echo --clear) .venv && touch .venv/.installing
 	$(call TRY,$$(grep '^torch==' requirements.lock))
 	$(call TRY,-r requirements.lock)
 	$(call TRY,--no-deps --no-build-isolation --editable .)
-	@touch $(READY)
+	@touch .venv/.installing && mv .venv/.installing $(READY)
 
 # Solve pyproject.toml anew in a fresh environment; writes requirements.lock and environment.yml.
 lock:
