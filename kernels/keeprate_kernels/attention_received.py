@@ -119,7 +119,9 @@ def attention_received(
         if causal:
             last = torch.arange(rows.start, rows.stop, device=query.device) + n_k - n_q
             logits = logits.masked_fill(columns[:seen] > last[:, None], float("-inf"))
-        probs = logits.softmax(-1).nan_to_num_(0.0)  # a row that sees nothing gives nothing
+        probs = logits.softmax(-1)
+        if mask is not None or causal:
+            probs = probs.nan_to_num(0.0)  # a row that sees nothing gives nothing
         if weight is not None:
             probs = probs * weight[:, :, rows, None]
         if reduce == "sum":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from keeprate import score
-from keeprate.check import choice
+from keeprate.check import choice, whole
 
 LINKAGES = ("single", "complete", "average")
 
@@ -103,7 +103,7 @@ def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
 
     Args:
         scores: [b, n], non-negative; need not be normalised.
-        k: Number of ordinates j/k, j = 1..k.
+        k: Number of ordinates j/k, j = 1..k; may exceed n.
         ascending: Accumulate in ascending order of score (the authors' code) instead of the given order.
 
     Returns:
@@ -113,7 +113,7 @@ def inverse_cdf(scores: torch.Tensor, k: int, ascending: bool = True) -> Kept:
         at 0, which can never pick the least token.
     """
     _check_scores(scores)
-    _check_count(k, scores.shape[1])
+    whole("k", k)
     if (scores < 0).any():
         raise ValueError("inverse_cdf needs non-negative scores")
     n = scores.shape[1]

@@ -42,8 +42,9 @@ class ATS(StagedMethod):
         return min(t.total, max(super().count(t), self.minimum))
 
     def reduce(self, t: Tokens) -> Reduction | None:
-        # a keep rate of 1 asks for no reduction; every other count may drop tokens, since ordinates can coincide
-        return None if self.budget.keep == 1 else self.select(t, min(self.count(t), t.n))
+        # A keep rate of 1 asks for no reduction; every other count may drop tokens, since ordinates can coincide. The count
+        # is not capped by t.n, which other samples of a ragged batch may have set.
+        return None if self.budget.keep == 1 else self.select(t, self.count(t))
 
     def select(self, t: Tokens, k: int) -> Reduction:
         norm = score.value_norm(t.attention.v[:, :, t.prefix :], self.per_head)

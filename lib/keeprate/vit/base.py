@@ -95,8 +95,8 @@ class Tokens:
         return self.heads(cls=self.has_cls).mean(1)
 
     def keys(self) -> torch.Tensor:
-        """[b, n, dim] keys of the patches, mean over heads: ToMe's similarity metric."""
-        return self.attention.k[:, :, self.prefix :].mean(1)
+        """[b, n, dim] keys of the patches in fp32, mean over heads: ToMe's similarity metric."""
+        return self.attention.k[:, :, self.prefix :].float().mean(1)
 
 
 @dataclass(frozen=True)
