@@ -42,8 +42,8 @@ class ATS(StagedMethod):
         return min(t.total, max(super().count(t), self.minimum))
 
     def reduce(self, t: Tokens) -> Reduction | None:
-        # A keep rate of 1 asks for no reduction; every other count may drop tokens, since ordinates can coincide. The count
-        # is not capped by t.n, which other samples of a ragged batch may have set.
+        # A keep rate of 1 asks for no reduction; every other count may drop tokens, since ordinates can coincide. The
+        # count is not capped by t.n, which other samples of a ragged batch may have set.
         return None if self.budget.keep == 1 else self.select(t, self.count(t))
 
     def select(self, t: Tokens, k: int) -> Reduction:
