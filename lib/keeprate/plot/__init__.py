@@ -1,0 +1,22 @@
+"""One style for every figure: the same colour for a method everywhere, intervals drawn, labels at the lines."""
+
+from keeprate.plot.charts import bars, curve, matrix
+from keeprate.plot.images import clusters, heat, overlay, overlays, pictures
+from keeprate.plot.look import colour, dashes, marker, style
+from keeprate.plot.widget import explore
+
+__all__ = [
+    "bars",
+    "clusters",
+    "colour",
+    "curve",
+    "dashes",
+    "explore",
+    "heat",
+    "marker",
+    "matrix",
+    "overlay",
+    "overlays",
+    "pictures",
+    "style",
+]

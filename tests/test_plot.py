@@ -1,0 +1,187 @@
+"""Figures show what they are given; methods stay apart; widgets fall back to a picture."""
+
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers as tf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import keeprate as kr
+from keeprate import plot
+from keeprate.models import Loaded
+from keeprate.plot import widget
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    processor = tf.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return Loaded("tiny", tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=32, patch_size=8)), processor)
+
+
+class Images:
+    """Five noise images."""
+
+    def batches(self, loaded, batch_size):
+        pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        truth = torch.arange(16).expand(5, -1) < 3
+        yield {"pixel_values": pixels[:batch_size], "labels": torch.zeros(5).long(), "truth": truth[:batch_size]}
+
+
+@pytest.fixture
+def table():
+    names = [*plot.look.ORDER, "Random", "Radial"]
+    rows = [(n, k, 0.9 + 0.001 * i * k) for i, n in enumerate(names) for k in (0.25, 0.5, 0.9)]
+    df = pd.DataFrame(rows, columns=["method", "keep", "accuracy"])
+    return df.assign(low=df["accuracy"] - 0.01, high=df["accuracy"] + 0.02)
+
+
+def test_every_method_has_a_look_of_its_own():
+    names = kr.methods("vit")["name"]
+    looks = {(plot.colour(n), plot.dashes(n)) for n in names}
+    assert len(looks) == len(names)
+    assert len({(plot.colour(n), plot.marker(n)) for n in names}) == len(names)
+    assert plot.colour("TopK(keep=0.5)") == plot.colour("TopK") != plot.colour("Random") == plot.look.GREY
+
+
+def texts(ax):
+    return {t.get_text(): t for t in ax.texts}
+
+
+def test_curve_labels_do_not_overlap(table):
+    ax = plot.curve(
+        table, "keep", "accuracy", low="low", high="high", dense=0.95, paper=0.94, ylabel="accuracy (share)"
+    )
+    labels = texts(ax)
+    assert set(labels) == {*table["method"], "dense", "paper"} and ax.get_ylabel() == "accuracy (share)"
+    ax.figure.canvas.draw()
+    # the text's own box, without the connecting line
+    boxes = sorted((matplotlib.text.Text.get_window_extent(t) for t in labels.values()), key=lambda b: b.y0)
+    assert all(low.y1 <= high.y0 + 2 for low, high in pairwise(boxes))
+    assert labels["TopK"].get_color() == plot.colour("TopK")
+
+
+def test_curve_draws_the_interval_and_the_reference_lines(table):
+    few = table[table["method"].isin(["TopK", "ToMe"])]
+    ax = plot.curve(few, "keep", "accuracy", low="low", high="high", dense=0.95, paper=0.94)
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(0.89, abs=0.002) and band.max() == pytest.approx(0.92, abs=0.003)
+    flat = {line.get_ydata()[0]: line.get_linestyle() for line in ax.lines if len(set(line.get_ydata())) == 1}
+    assert flat[0.95] == "--" and flat[0.94] == ":"
+    with pytest.raises(ValueError, match="no column 'lo'; it has method, keep"):
+        plot.curve(few, "keep", "accuracy", low="lo")
+
+
+def test_bars_are_sorted_with_intervals(table):
+    last = table[table["keep"] == 0.9]
+    ax = plot.bars(last, "accuracy", low="low", high="high", reference=0.5, xlabel="AUROC")
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == sorted(last["accuracy"]) and ax.get_xlabel() == "AUROC"
+    assert ax.get_yticklabels()[-1].get_text() == "Radial"
+    segments = ax.collections[0].get_segments()
+    assert segments[0][1][0] - segments[0][0][0] == pytest.approx(0.03)
+
+
+def test_matrix():
+    df = pd.DataFrame([[1, 0.25], [0.25, 1]], index=["a", "b"], columns=["a", "b"])
+    assert [t.get_text() for t in plot.matrix(df).texts] == ["1.00", "0.25", "0.25", "1.00"]
+
+
+def shown(ax):
+    return np.asarray(ax.get_images()[0].get_array())
+
+
+def test_overlay_fades_dropped_and_averages_merged():
+    image = np.zeros((8, 8, 3))
+    image[:4, :4], image[:4, 4:], image[4:, :4] = (1, 0, 0), (0, 1, 0), (0, 0, 1)
+    kept = shown(plot.overlay(image, torch.tensor([True, False, True, False]), (2, 2)))
+    assert (kept[:4, :4] == image[:4, :4]).all() and (kept[4:, :4] == image[4:, :4]).all()
+    assert kept[:4, 4:].min() >= 0.85 and kept[4:, 4:].min() >= 0.85
+    ax = plot.overlay(image, torch.tensor([0, 0, 1, -1]), (2, 2))
+    merged = shown(ax)
+    assert np.allclose(merged[:4], (0.5, 0.5, 0)) and (merged[4:, :4] == (0, 0, 1)).all()
+    assert (merged[4:, 4:] == 0.85).all()
+    assert len(ax.collections[0].get_segments()) == 3  # no line inside the cluster
+
+
+def test_overlay_of_an_image_that_the_grid_does_not_divide():
+    image = torch.rand(3, 10, 7)
+    ax = plot.overlay(image, torch.arange(6).flip(0) < 3, (3, 2))
+    assert shown(ax).shape == (10, 7, 3)
+    with pytest.raises(ValueError, match="3 x 2 has 6 patches; got 5"):
+        plot.overlay(image, torch.ones(5, dtype=torch.bool), (3, 2))
+    with pytest.raises(ValueError, match=r"\(10, 7\)"):
+        plot.overlay(image[0], torch.ones(6, dtype=torch.bool), (3, 2))
+
+
+def test_pictures_undo_the_processor(vit):
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    pixels = vit.processor(image, return_tensors="pt")["pixel_values"]
+    assert np.allclose(plot.pictures(vit.processor, pixels)[0], image / 255, atol=1e-6)
+
+
+def test_overlays_rows_are_methods_or_layers(vit):
+    batch = next(Images().batches(vit, 3))
+    traces = {}
+    for method in (kr.vit.TopK(keep=0.5), kr.vit.EViT(keep=0.5), kr.vit.ToMe(r=3)):
+        with method(vit.model) as traces[method.name], torch.no_grad():
+            vit.model(batch["pixel_values"])
+    images = plot.pictures(vit.processor, batch["pixel_values"])
+    figure = plot.overlays(images, traces, truth=batch["truth"])
+    assert [ax.get_ylabel().split("\n")[0] for ax in figure.axes[::3]] == ["image", "truth", "TopK", "EViT", "ToMe"]
+    rows = plot.overlays(images, traces["TopK"]).axes[::3]
+    assert [ax.get_ylabel() for ax in rows] == ["image", "block 2\n8 tokens", "block 3\n4 tokens", "block 4\n2 tokens"]
+    # patches in EViT's fused tokens show as dropped
+    assert torch.equal(plot.clusters(traces["EViT"]) >= 0, traces["EViT"].mask())
+    assert (plot.clusters(traces["ToMe"]) >= 0).all()
+    with pytest.raises(ValueError, match="nothing to show"):
+        plot.overlays(images, {})
+
+
+def test_heat_leaves_absent_patches_grey():
+    ax = plot.heat(torch.tensor([0.1, float("nan"), 0.3, 0.2]), np.ones((8, 8, 3)), (2, 2))
+    over = ax.get_images()[1].get_array()
+    assert over.mask[:4, 4:].all() and over.mask.sum() == 16 and over[0, 0] == pytest.approx(0.1)
+
+
+def test_explore_is_a_picture_in_a_batch_run(vit, monkeypatch):
+    monkeypatch.setenv("KEEPRATE_RUN_DIR", "somewhere")
+    figure = plot.explore(vit, Images(), {"A": lambda keep: kr.vit.TopK(keep=keep)}, samples=4)
+    assert isinstance(figure, plt.Figure) and len(figure.axes) == 3 * 4
+
+
+def test_explore_sliders_move(vit, monkeypatch):
+    monkeypatch.setattr(widget, "_live", lambda: True)
+    drawn = []
+    monkeypatch.setattr("IPython.display.display", drawn.append)
+    methods = {"TopK": lambda keep: kr.vit.TopK(keep=keep), "ToMe": lambda keep: kr.vit.ToMe(keep=keep)}
+    box = plot.explore(vit, Images(), methods, samples=4)
+    name, keep, reduction, sample = box.children[0].children + box.children[1].children
+    assert name.options == ("TopK", "ToMe") and (reduction.max, sample.max) == (3, 3)
+    titles = lambda: drawn[-1].axes[1].get_title()  # noqa: E731
+    reduction.value = 1
+    assert titles() == "TopK, block 2: 8 tokens"
+    keep.value, name.value, sample.value = 0.25, "ToMe", 2
+    assert titles() == "ToMe, block 2: 4 tokens"
+
+
+def test_same_figure_same_file(table, tmp_path):
+    plot.style()
+    for name in ("a", "b"):
+        figure = plot.curve(table, "keep", "accuracy").figure
+        figure.savefig(tmp_path / f"{name}.svg", metadata={"Date": None})
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    matplotlib.rcdefaults()
