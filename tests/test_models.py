@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from keeprate import models
+from keeprate.models import load, models
 
 SIZES = {
     "hidden_size": 32,
@@ -58,7 +58,7 @@ def embedded(tmp_path, monkeypatch):
 def test_folder_of_every_class_loads_equal(tmp_path, cls, recwarn, capfd):
     model = save(tmp_path, cls)
     capfd.readouterr()
-    loaded = models.load(str(tmp_path))
+    loaded = load(str(tmp_path))
     assert type(loaded.model) is getattr(tf, cls) and not loaded.model.training
     image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     pixels = loaded.processor(image, return_tensors="pt")["pixel_values"]
@@ -71,7 +71,7 @@ def test_folder_of_every_class_loads_equal(tmp_path, cls, recwarn, capfd):
 
 def test_dtype(tmp_path):
     save(tmp_path)
-    assert {p.dtype for p in models.load(str(tmp_path), dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(str(tmp_path), dtype=torch.bfloat16).model.parameters()} == {torch.bfloat16}
 
 
 def test_text_model_brings_its_tokenizer(tmp_path):
@@ -82,16 +82,16 @@ def test_text_model_brings_its_tokenizer(tmp_path):
     tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(kinds.WordLevel({"a": 3, "?": 4}, "?"))).save_pretrained(
         tmp_path
     )
-    loaded = models.load(str(tmp_path))
+    loaded = load(str(tmp_path))
     assert type(loaded.model) is tf.LlamaForCausalLM and loaded.processor("a").input_ids == [3]
 
 
 def test_embedded_name_card_and_table(embedded):
     folder, model = embedded
-    loaded = models.load("tiny")
+    loaded = load("tiny")
     assert loaded.task == "vit-digits" and loaded.card["accuracy"]["n"] == 4
-    row = models.models().iloc[0]
-    assert list(models.models().columns) == ["name", "class", "parameters", "accuracy", "size MB", "task"]
+    row = models().iloc[0]
+    assert list(models().columns) == ["name", "class", "parameters", "accuracy", "size MB", "task"]
     assert row["parameters"] == sum(p.numel() for p in model.parameters()) and row["accuracy"] == 0.5
     assert row["size MB"] == pytest.approx(sum(f.stat().st_size for f in folder.iterdir()) / 1e6)
 
@@ -103,25 +103,25 @@ def test_damaged_file_is_named(embedded, file):
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file}.*{expected}.*{hashlib.sha256(content).hexdigest()}"):
-        models.load("tiny")
+        load("tiny")
 
 
 def test_missing_file_is_named(embedded):
     (embedded[0] / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors.*no such file"):
-        models.load("tiny")
+        load("tiny")
 
 
 @pytest.mark.parametrize("name", ["tinny", "./nowhere", "/no/such/folder", "a/b/c", ""])
 def test_unknown_name_lists_what_is_allowed(embedded, name):
     with pytest.raises(ValueError, match=r"no model called.*\(tiny\).*save_pretrained.*org/name"):
-        models.load(name)
+        load(name)
 
 
 def test_unreachable_hub(embedded, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hub id 'nobody/nothing'.*could not be loaded"):
-        models.load("nobody/nothing")
+        load("nobody/nothing")
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -129,7 +129,7 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        models.load(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_checkpoint_without_the_head_is_refused(tmp_path):
@@ -138,11 +138,11 @@ def test_checkpoint_without_the_head_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
     with pytest.raises(ValueError, match=r"lacks 2 weights of ViTForImageClassification, such as classifier\.bias"):
-        models.load(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_checkpoint_without_processor_says_so(tmp_path):
     save(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="preprocessor_config"):
-        models.load(str(tmp_path))
+        load(str(tmp_path))
