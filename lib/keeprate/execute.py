@@ -160,20 +160,20 @@ def main() -> int:
     parser.add_argument("--update-expected", action="store_true", help="execute nothing, rewrite data/expected")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: the kernel is stopped, not orphaned
+    names = [Path(name).stem for name in arguments.notebook]
     try:
         if arguments.update_expected:
-            update_expected(arguments.notebook, arguments.tier, arguments.out)
+            update_expected(names, arguments.tier, arguments.out)
             return 0
-        if len(arguments.notebook) != 1:
-            parser.error(f"name one notebook to execute, got {len(arguments.notebook)}")
-        name = Path(arguments.notebook[0]).stem
+        if len(names) != 1:
+            parser.error(f"name one notebook to execute, got {len(names)}")
         began = time.time()
-        print(f"{name}: started, tier {arguments.tier}", flush=True)
-        folder = execute(name, arguments.tier, arguments.out, arguments.gpus, arguments.strict_drift)
+        print(f"{names[0]}: started, tier {arguments.tier}", flush=True)
+        folder = execute(names[0], arguments.tier, arguments.out, arguments.gpus, arguments.strict_drift)
     except (ValueError, RunFailed) as error:
-        print(f"{name if arguments.notebook else 'error'}: FAILED: {error}", file=sys.stderr)
+        print(f"{' '.join(names) or 'all notebooks'}: FAILED: {error}", file=sys.stderr)
         return 1
-    print(f"{name}: ok after {(time.time() - began) / 60:.1f} minutes, results in {folder}", flush=True)
+    print(f"{names[0]}: ok after {(time.time() - began) / 60:.1f} minutes, results in {folder}", flush=True)
     return 0
 
 
