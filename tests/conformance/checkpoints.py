@@ -1,0 +1,99 @@
+"""Tiny checkpoints of every supported class, saved to disk and loaded back the way a user's are.
+
+Weights are drawn wide, so that attention is peaked and losing a token shows in the logits; LayerScale is far from 1,
+biases are not 0, norms are not the identity. A plumbing mistake cannot hide behind a small number.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+DEPTH, GRID, PATCH, LABELS = 4, (8, 8), 8, 7
+SIZE = GRID[0] * PATCH
+_SHAPE = {
+    "hidden_size": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
+_WIDE = {**_SHAPE, "intermediate_size": 96}
+_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+_DINO = {**_SHAPE, **_DROPOUT, "mlp_ratio": 2, "drop_path_rate": 0.1, "num_labels": LABELS}
+
+
+def _clip(joint: type, vision: type, **more):
+    config = joint(vision_config=vision(**_WIDE, attention_dropout=0.1, **more).to_dict())
+    config.num_labels = LABELS
+    return config
+
+
+# checkpoint -> (architecture as the library names it, class, configuration)
+CHECKPOINTS = {
+    "vit": ("vit", ViTForImageClassification, lambda: ViTConfig(**_WIDE, **_DROPOUT, num_labels=LABELS)),
+    "deit": ("deit", DeiTForImageClassification, lambda: DeiTConfig(**_WIDE, **_DROPOUT, num_labels=LABELS)),
+    "dinov2": ("dinov2", Dinov2ForImageClassification, lambda: Dinov2Config(**_DINO, qkv_bias=True)),
+    "dinov2-swiglu": ("dinov2", Dinov2ForImageClassification, lambda: Dinov2Config(**_DINO, use_swiglu_ffn=True)),
+    "dinov2_with_registers": (
+        "dinov2_with_registers",
+        Dinov2WithRegistersForImageClassification,
+        lambda: Dinov2WithRegistersConfig(**_DINO, num_register_tokens=3),
+    ),
+    "clip": ("clip", CLIPForImageClassification, lambda: _clip(CLIPConfig, CLIPVisionConfig)),
+    "siglip": ("siglip", SiglipForImageClassification, lambda: _clip(SiglipConfig, SiglipVisionConfig)),
+}
+
+
+def widen(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter anew, wide enough for peaked attention."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=g)
+        if "lambda" in name:  # LayerScale
+            p.data = 0.6 + 0.2 * noise
+        elif p.dim() == 1 and name.endswith("weight"):  # norms
+            p.data = 1.0 + 0.2 * noise
+        elif name.endswith("bias"):
+            p.data = 0.1 * noise
+        elif p.dim() == 4:  # patch embedding
+            p.data = 0.08 * noise
+        elif p.dim() == 2 and "position" not in name and "class" not in name:
+            p.data = 0.25 * noise
+        else:  # position embeddings, class, distillation and register tokens
+            p.data = 0.7 * noise
+
+
+def save(name: str, folder: Path) -> Path:
+    """Build a checkpoint and save it under `folder`; returns its path."""
+    _, cls, config = CHECKPOINTS[name]
+    torch.manual_seed(0)
+    model: PreTrainedModel = cls(config())
+    with torch.no_grad():
+        widen(model, sum(map(ord, name)))
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def pixels(batch: int, seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> torch.Tensor:
+    """[batch, 3, height, width] smooth shapes plus noise: neighbouring patches resemble each other, as in a picture."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, 3, 5, 5, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
+    return smooth + 0.3 * torch.randn(batch, 3, *size, generator=g)

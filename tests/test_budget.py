@@ -1,0 +1,147 @@
+"""Budget: one value for every way of saying how many tokens may survive."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keeprate import Budget
+from keeprate.budget import fraction
+
+quick = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**31 - 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        (0.5, Budget(keep=0.5)),
+        (1, Budget(keep=1.0)),
+        (1.0, Budget(keep=1.0)),
+        (64, Budget(tokens=64)),
+        ((0.7, 20), Budget(schedule=(0.7, 20))),
+        ([0.7, 20], Budget(schedule=(0.7, 20))),
+        (Budget(coverage=0.9), Budget(coverage=0.9)),
+    ],
+)
+def test_of_reads_every_shorthand(value, want):
+    assert Budget.of(value) == want
+
+
+@pytest.mark.parametrize("value", [0, -0.1, -3, 1.5, math.nan, math.inf, "a", None, True])
+def test_of_refuses_what_is_no_budget(value):
+    with pytest.raises(ValueError, match=r"\(0, 1\]") as error:
+        Budget.of(value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"exactly one of .*got \[\]"),
+        ({"keep": 0.5, "tokens": 3}, r"exactly one of .*got \['keep', 'tokens'\]"),
+        ({"tokens": 0}, "integer of at least 1; got 0"),
+        ({"tokens": 2.5}, r"2\.5"),
+        ({"tokens": True}, "integer of at least 1; got True"),
+        ({"schedule": ()}, "at least one entry"),
+        ({"schedule": (0.5, 1.5)}, r"\(0, 1\]; got 1\.5"),
+        ({"schedule": (0.5, 0)}, "integer of at least 1; got 0"),
+        ({"schedule": (0.5, "a")}, "integer of at least 1; got 'a'"),
+        ({"coverage": 1.5}, r"coverage must lie in \(0, 1\]; got 1\.5"),
+        ({"threshold": math.nan}, "threshold must be .*; got nan"),
+        ({"keep": 0.5, "floor": 1.5}, r"floor must .*\[0, 1\]; got 1\.5"),
+        ({"keep": 0.5, "floor": -0.1}, r"floor must .*\[0, 1\]; got -0\.1"),
+    ],
+)
+def test_contradictions_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**given)
+
+
+def test_fraction_names_its_argument():
+    with pytest.raises(ValueError, match=r"rho must lie in \(0, 1\]; got 2"):
+        fraction("rho", 2)
+
+
+@quick
+@given(st.integers(1, 99), st.integers(1, 12), st.integers(1, 1000))
+def test_count_of_a_keep_rate_is_geometric(percent, stage, total):
+    keep = percent / 100
+    exact = total * percent**stage // 100**stage  # in integers, free of rounding
+    found = Budget(keep=keep).count(stage, total)
+    assert found == max(1, exact)
+    assert found >= Budget(keep=keep).count(stage + 1, total)
+
+
+@pytest.mark.parametrize(
+    ("keep", "stage", "want"), [(0.5, 1, 98), (0.5, 2, 49), (0.7, 3, 67), (0.9, 1, 176), (1.0, 9, 196)]
+)
+def test_counts_of_the_papers(keep, stage, want):
+    assert Budget(keep=keep).count(stage, 196) == want
+
+
+def test_count_of_tokens_and_schedules():
+    assert [Budget(tokens=30).count(stage, 196) for stage in (1, 2)] == [30, 30]
+    schedule = Budget(schedule=(0.5, 40, 0.1))
+    assert [schedule.count(stage, 196) for stage in (1, 2, 3)] == [98, 40, 19]
+    with pytest.raises(ValueError, match="3 entries but reduction 4"):
+        schedule.count(4, 196)
+
+
+@pytest.mark.parametrize("budget", [Budget(coverage=0.9), Budget(threshold=0.1)])
+def test_ragged_budgets_have_no_count(budget):
+    assert budget.ragged and not Budget(keep=0.5).ragged
+    with pytest.raises(ValueError, match="before scores are known"):
+        budget.count(1, 196)
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 20), st.floats(0.05, 1.0))
+def test_coverage_keeps_the_fewest_that_cover(seed, b, n, coverage):
+    scores = torch.rand(b, n, generator=torch.Generator().manual_seed(seed)) + 1e-3
+    for row, count in zip(scores, Budget(coverage=coverage).counts(scores).tolist(), strict=True):
+        mass = (row / row.sum()).sort(descending=True).values.double()
+        assert mass[:count].sum() >= coverage - 1e-4
+        assert count == 1 or mass[: count - 1].sum() < coverage + 1e-4
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 20), st.floats(-1.0, 2.0))
+def test_threshold_counts_and_keeps_at_least_one(seed, b, n, theta):
+    scores = torch.rand(b, n, generator=torch.Generator().manual_seed(seed))
+    found = Budget(threshold=theta).counts(scores)
+    assert found.tolist() == [max(1, sum(s >= theta for s in row)) for row in scores.tolist()]
+
+
+def test_counts_never_exceed_the_tokens_that_exist():
+    scores = torch.tensor([[0.5, 0.2, 0.3, 0.1], [0.5, 0.2, float("-inf"), float("-inf")]])
+    for budget in (Budget(tokens=3), Budget(coverage=1.0), Budget(threshold=0.0), Budget(keep=1.0)):
+        counts = budget.counts(scores)
+        assert counts[1] == 2, budget
+        assert counts[0] in (3, 4)
+    assert Budget(keep=0.5).counts(scores, total=8).tolist() == [4, 2]
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 12), st.integers(2, 12), st.floats(0, 1))
+def test_allocate_splits_the_pool_and_respects_the_floor(seed, b, groups, n, tokens, floor):
+    scores = torch.rand(b, groups, n, generator=torch.Generator().manual_seed(seed))
+    each = min(tokens, n)
+    counts = Budget(tokens=tokens, floor=floor).allocate(scores)
+    assert counts.shape == (b, groups)
+    assert (counts.sum(1) == groups * each).all()
+    assert (counts >= int(floor * each)).all() and (counts <= n).all()
+
+
+def test_allocate_gives_more_to_the_group_with_the_high_scores():
+    scores = torch.tensor([[[9.0, 8.0, 7.0, 6.0], [0.4, 0.3, 0.2, 0.1]]])
+    assert Budget(tokens=2).allocate(scores).tolist() == [[4, 0]]
+    assert Budget(tokens=2, floor=0.5).allocate(scores).tolist() == [[3, 1]]
+    assert Budget(tokens=2, floor=1.0).allocate(scores).tolist() == [[2, 2]]
+
+
+def test_budgets_are_values():
+    assert Budget(keep=0.5) == Budget(keep=0.5) and hash(Budget(keep=0.5)) == hash(Budget.of(0.5))
+    assert eval(repr(Budget(schedule=(0.5, 3)))) == Budget(schedule=(0.5, 3))

@@ -1,0 +1,77 @@
+"""The table of methods: what the README prints and what the conformance suite runs."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+
+import keeprate as kr
+from keeprate.anatomy import supported
+from keeprate.method import Method, register
+
+COLUMNS = ["name", "family", "paper", "arxiv", "year", "kind", "needs", "architectures", "reconstructed"]
+TABLE = kr.methods()
+
+
+def test_the_columns_are_the_promised_ones():
+    assert list(TABLE.columns) == COLUMNS
+    assert TABLE["name"].is_unique and len(TABLE) >= 14
+
+
+def test_the_fourteen_methods_are_there():
+    wanted = "Random Radial TopK EViT ToMe ATS DPCKNN KMedoids PiToMe TokenPooling BAT ATC ZeroTPrune MSTM"
+    assert set(wanted.split()) <= set(kr.methods("vit")["name"])
+
+
+@pytest.mark.parametrize("row", list(TABLE.itertuples(index=False)), ids=lambda row: row.name)
+def test_every_row_is_complete(row):
+    assert row.paper.strip() and row.kind.strip() and row.architectures.strip()
+    assert isinstance(row.reconstructed, bool)
+    assert isinstance(row.needs, str)
+    if row.arxiv:
+        assert re.fullmatch(r"\d{4}\.\d{4,5}", row.arxiv)
+        assert 0 <= row.year - (2000 + int(row.arxiv[:2])) <= 2, "published in the year of the preprint or soon after"
+    assert 1900 < row.year < 2100
+    if row.family == "vit":
+        assert set(row.architectures.split(", ")) <= set(supported())
+
+
+@pytest.mark.parametrize("row", list(TABLE.itertuples(index=False)), ids=lambda row: row.name)
+def test_every_method_is_a_documented_frozen_value(row):
+    method = kr.method(row.name)
+    cls = type(method)
+    assert isinstance(method, Method) and cls.__dataclass_params__.frozen and method.name == row.name
+    assert hash(method) == hash(kr.method(row.name)) and method == kr.method(row.name)
+    family = importlib.import_module(f"keeprate.{row.family}")
+    assert getattr(family, row.name) is cls and row.name in family.__all__
+    doc = cls.__doc__
+    assert doc and not doc.startswith(f"{row.name}("), "a docstring of its own, not the generated signature"
+    own = set(cls.__annotations__) - {"where", "takes_ragged"}
+    for field in dataclasses.fields(cls):
+        if field.name in own and "ClassVar" not in str(cls.__annotations__[field.name]):
+            assert re.search(rf"^\s+{field.name}\b", doc, re.M), f"{row.name}.{field.name} is not documented"
+
+
+def test_one_family_is_a_part_of_the_table():
+    assert set(kr.methods("vit")["family"]) == {"vit"}
+    with pytest.raises(ValueError, match="'audio'") as error:
+        kr.methods("audio")
+    assert "vit" in str(error.value)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("ToMee", "ToMe"), ("topk", "TopK"), ("EVit", "EViT")])
+def test_a_misspelt_method_gets_a_hint(typo, meant):
+    with pytest.raises(ValueError, match=typo) as error:
+        kr.method(typo)
+    assert meant in str(error.value)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="TopK"):
+
+        @register(kind="pruning")
+        class TopK(Method):
+            pass
+
+    assert kr.method("TopK").keep == 0.7
