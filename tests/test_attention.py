@@ -85,7 +85,7 @@ def eager(model, **inputs):
 
 
 def check_view(view: AttentionView, want: torch.Tensor, seen: torch.Tensor | None = None) -> None:
-    """All ways of asking for attention against the matrix `want` [b, h, n_q, n_k]; `seen` [b, n_q] = rows that count."""
+    """All ways of asking for attention against the matrix want [b, h, n_q, n_k]; seen [b, n_q] = rows that count."""
     b, h, n, _ = want.shape
     seen = torch.ones(b, n, dtype=torch.bool) if seen is None else seen
     weight = seen.float()[:, None]

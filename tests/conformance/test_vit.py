@@ -1,7 +1,7 @@
 """What every registered ViT method must pass, on every architecture it lists. Nothing here is written for one method.
 
 Methods come from the registry; a new one is judged as soon as it is registered. The only tables below say what cannot
-be read off a method: further settings worth running, and the counts that the papers state differently from int(keep^i n).
+be read off a method: further settings worth running, and counts that the papers state differently from int(keep^i n).
 """
 
 import ast
@@ -47,7 +47,7 @@ IDENTITIES = {"ToMe": [{"r": 0}, {"r": (0, -1)}]}
 STOCHASTIC = {"Random"}  # what the seed may change
 BLIND = {"Random", "Radial"}  # methods that never look at the image: precision cannot change what they keep
 # Share of the kept tokens on which bf16 must agree with fp32; 0.9 for the others. ATS samples, so a small change of
-# one score moves every later ordinate; PiToMe gives tokens their roles alternately by rank, so one swap exchanges two roles;
+# one score moves every later ordinate; PiToMe gives tokens their roles alternately by rank, so one swap exchanges two;
 # BAT clusters a few tokens around density peaks.
 AGREEMENT = {"ATS": 0.75, "PiToMe": 0.85, "BAT": 0.85}
 
