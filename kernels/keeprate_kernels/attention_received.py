@@ -52,7 +52,7 @@ def attention_rows(
         mask: Additive or boolean (True = visible), [b|1, h|1, r|1, n].
 
     Returns:
-        [b, h, r, n] in fp32; rows sum to 1.
+        [b, h, r, n] in fp32; rows sum to 1, or to 0 where the mask hides everything.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -63,7 +63,8 @@ def attention_rows(
         torch.Size([1, 4, 1, 10])
     """
     _check(query, key, mask)
-    return _logits(query, key, scaling, mask, slice(None)).softmax(-1)
+    probs = _logits(query, key, scaling, mask, slice(None)).softmax(-1)
+    return probs if mask is None else probs.nan_to_num(0.0)
 
 
 def attention_received(

@@ -150,26 +150,24 @@ def anatomy(model: nn.Module) -> Anatomy:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a transformers model; got {type(model).__name__}")
-    for row in ARCHITECTURES:
-        towers = [m for m in model.modules() if type(m).__name__ == row.tower]
-        if not towers:
-            continue
-        tower = towers[0]
-        layers = tuple(m for m in tower.modules() if type(m).__name__ == row.layer)
-        return Anatomy(
-            row.name,
-            tower,
-            layers,
-            row.block,
-            row.prefix(tower.config),
-            row.has_cls,
-            next(m for m in tower.modules() if isinstance(m, nn.Conv2d)),
-            grid_of(tower.config),
-            any(type(m).__name__ == row.mean_pooled for m in model.modules()),
+    towers = [(row, m) for row in ARCHITECTURES for m in model.modules() if type(m).__name__ == row.tower]
+    if len(towers) != 1:
+        found = "no supported vision encoder" if not towers else f"{len(towers)} vision encoders: pass one of them"
+        raise ValueError(
+            f"{type(model).__name__} holds {found}; supported are {', '.join(supported())} "
+            f"({', '.join(a.tower for a in ARCHITECTURES)})"
         )
-    raise ValueError(
-        f"{type(model).__name__} holds no supported vision encoder; supported are {', '.join(supported())} "
-        f"({', '.join(a.tower for a in ARCHITECTURES)})"
+    row, tower = towers[0]
+    return Anatomy(
+        row.name,
+        tower,
+        tuple(m for m in tower.modules() if type(m).__name__ == row.layer),
+        row.block,
+        row.prefix(tower.config),
+        row.has_cls,
+        next(m for m in tower.modules() if isinstance(m, nn.Conv2d)),
+        grid_of(tower.config),
+        any(type(m).__name__ == row.mean_pooled for m in model.modules()),
     )
 
 

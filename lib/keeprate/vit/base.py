@@ -364,10 +364,14 @@ class Session(Listener):
             bias = nn.functional.pad(self.size.clamp_min(1.0).log(), (self.body.prefix, 0))
             if self.masked:
                 bias = bias.new_zeros(len(bias), self.length).scatter(1, self.alive, bias)
+        if self.gate is not None:
+            # a gate closes by log(eps), through which gradients pass; what was dropped without one is hidden for good
+            opened = (self.gate + GATE_EPS).log()
+            bias = opened if bias is None else bias + opened
+            seen = None if seen is None else seen | (self.gate < 0.5)
         if seen is not None:
             bias = torch.zeros(seen.shape, device=seen.device) if bias is None else bias
-            # a gate closes by log(eps), through which gradients pass
-            bias = bias.masked_fill(~seen, float("-inf")) if self.gate is None else bias + (self.gate + GATE_EPS).log()
+            bias = bias.masked_fill(~seen, float("-inf"))
         return None if bias is None else bias[:, None, None]
 
     def _hide(self, pooling: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -377,13 +381,14 @@ class Session(Listener):
 
     def _weigh(self, tower: nn.Module, args: tuple, output: Any) -> Any:
         """Scale the patches so that the head's plain mean is the mean over original patches."""
-        if not self.merged and self._seen() is None:
+        if not self.merged and self._seen() is None and self.gate is None:
             return output
-        prefix, y = self.body.prefix, output.last_hidden_state
-        weight = self.size / self.size.sum(1, keepdim=True)
+        prefix, y, weight = self.body.prefix, output.last_hidden_state, self.size
         if self.masked:
-            weight = weight.new_zeros(len(y), self.length).scatter(1, self.alive[:, prefix:], weight)[:, prefix:]
-        weight = nn.functional.pad(weight * weight.shape[1], (prefix, 0), value=1.0)
+            full = weight.new_zeros(len(y), self.length) if self.gate is None else (self.gate < 0.5).float()
+            weight = full.scatter(1, self.alive[:, prefix:], weight)
+            weight = (weight if self.gate is None else weight * self.gate)[:, prefix:]
+        weight = nn.functional.pad(weight * weight.shape[1] / weight.sum(1, keepdim=True), (prefix, 0), value=1.0)
         output.last_hidden_state = y * weight[..., None].to(y.dtype)
         return output
 
