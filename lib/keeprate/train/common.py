@@ -411,6 +411,8 @@ def publish(model: nn.Module, out: Path, recipe: Recipe, trainer: Trainer, facts
         }
         text = json.dumps(card, indent=2)
         (new / "card.json").write_text(text + "\n")
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
             os.replace(out, old / "old")
