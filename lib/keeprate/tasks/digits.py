@@ -28,6 +28,7 @@ SPLITS = ("train", "test")
 PATCH = 4  # pixels
 GRID = 14  # patches a side
 HEIGHT = (13.0, 22.0)  # pixels, of the 8x8 glyph's box: 3.25 to 5.5 patches
+CONTRAST = (0.45, 0.65)  # luminance of a digit above its surroundings, see ``paste``
 INK = 0.15  # a patch belongs to the digit when at least this share of its area is ink
 
 _TEST_WRITERS = slice(516, 903)
@@ -263,5 +264,5 @@ def render(rng: np.random.Generator, n: int, split: str, side: int = GRID, clutt
     angle, slant, threshold = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.4, 0.6)
     alpha = draw_glyphs(ink[which], centre, height, (canvas, canvas), angle, slant, threshold)
     background = crop_photographs(rng, n, canvas, canvas, split) * clutter
-    pixels = paste(background, alpha, uniform(0.4, 1.0, 3), uniform(0.35, 0.6))
+    pixels = paste(background, alpha, uniform(0.4, 1.0, 3), uniform(*CONTRAST))
     return Digits((pixels * 255).round().to(torch.uint8), labels[which], covered_patches(alpha))

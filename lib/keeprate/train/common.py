@@ -359,6 +359,7 @@ DATA = {
     "patch_pixels": digits.PATCH,
     "grid": [digits.GRID, digits.GRID],
     "digit_height_pixels": list(digits.HEIGHT),
+    "digit_contrast": list(digits.CONTRAST),
     "ink_share_of_a_true_patch": digits.INK,
 }
 PROCESSOR = {

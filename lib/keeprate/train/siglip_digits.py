@@ -15,7 +15,7 @@ from keeprate.train import common
 from keeprate.train.common import Recipe, Stage
 
 RECIPE = Recipe(
-    stages=(Stage(400, side=8, batch=64), Stage(500, side=14, batch=64)),
+    stages=(Stage(250, side=8, batch=64), Stage(250, side=14, batch=48)),
     seed=1,
     lr=7e-4,
     warmup=50,

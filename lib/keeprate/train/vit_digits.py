@@ -19,10 +19,10 @@ RECIPE = Recipe(
         Stage(1000, side=6, batch=64, depth=4, clutter=(0.0, 0.2)),
         Stage(4000, side=6, batch=64, depth=4, clutter=(0.2, 1.0)),
         Stage(1500, side=10, batch=64, depth=4),
-        Stage(600, side=8, batch=64),
-        Stage(450, side=14, batch=48),
+        Stage(1050, side=8, batch=64),
+        Stage(670, side=14, batch=48),
     ),
-    decay=0.14,
+    decay=0.2,
 )
 INIT = 0.08  # deviation of the weights; transformers' 0.02 is meant for widths near 1000 and learns slowly at 96
 
