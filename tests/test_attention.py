@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.reduce import drop
@@ -328,9 +335,18 @@ def test_open_gates_change_nothing_but_rounding(vit, pixels):
         torch.testing.assert_close(opened, vit(pixel_values=pixels).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def siglip():
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = SiglipConfig(vision_config={**tower, "image_size": 32, "patch_size": 8}, text_config=tower)
+    return widen(SiglipForImageClassification(config))
+
+
 @either
-def test_closing_by_gate_equals_dropping(vit, pixels, only_open):
-    """With hard gates the class token reads what it reads after a physical drop."""
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_closing_by_gate_equals_dropping(request, name, pixels, only_open):
+    """With hard gates the head, a class token or the mean over patches, reads what it reads after a physical drop."""
+    model = request.getfixturevalue(name)
     gate = (torch.rand(1, 16, generator=torch.Generator().manual_seed(3)) < 0.6).float().expand(2, -1)
 
     @dataclass(frozen=True)
@@ -341,8 +357,8 @@ def test_closing_by_gate_equals_dropping(vit, pixels, only_open):
             return drop(gate.nonzero()[:, 1].view(2, -1))
 
     with torch.no_grad():
-        with Drop()(vit):
-            dropped = vit(pixel_values=pixels).logits
-        with Gated(gate, only_open)(vit, masked=True):
-            closed = vit(pixel_values=pixels).logits
+        with Drop()(model):
+            dropped = model(pixel_values=pixels).logits
+        with Gated(gate, only_open)(model, masked=True):
+            closed = model(pixel_values=pixels).logits
     torch.testing.assert_close(closed, dropped, atol=1e-3, rtol=1e-3)
