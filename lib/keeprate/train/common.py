@@ -173,7 +173,7 @@ def batches(recipe: Recipe, start: int, ahead: int = 4) -> Iterator[tuple[Tensor
         drawn = digits.render(rng, stage.batch, "train", stage.side, clutter)
         return drawn.pixels, window(rng, stage.batch, stage.side), drawn.labels
 
-    with ThreadPoolExecutor(max(1, ahead // 4)) as pool:
+    with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(make, step) for step in range(start, min(start + ahead, recipe.steps))]
         for step in range(start, recipe.steps):
             yield waiting.pop(0).result()
