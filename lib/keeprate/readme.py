@@ -9,7 +9,7 @@ from pathlib import Path
 import keeprate as kr
 from keeprate import ledger, project
 
-FIGURE = ("10_vit_pruning", "kept_tokens", "docs/vit_kept_tokens.svg")  # notebook, its figure, the copy in the README
+FIGURE = ("10_vit_pruning", "tokens_kept", "docs/vit_kept_tokens.svg")  # notebook, its figure, the copy in the README
 
 
 def method_table() -> str:

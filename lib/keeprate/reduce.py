@@ -19,7 +19,13 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [b, n, ...] at positions index [b, m] -> [b, m, ...]."""
     if x.dim() == 2:
         return x.gather(1, index)
-    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    # whole rows of the flattened batch: several times faster than a gather with an index for every element
+    return x.flatten(0, 1).index_select(0, flat_positions(index, x.shape[1])).view(*index.shape, *x.shape[2:])
+
+
+def flat_positions(index: torch.Tensor, n: int) -> torch.Tensor:
+    """Positions index [b, m] in 0..n-1 -> [b * m] positions in the batch's rows, n rows a sample."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * n).flatten()
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,7 @@ class Reduction:
             part = part - gather_tokens(base, there)
         else:
             base = own[..., None] * base
-        flat = (there + torch.arange(len(x), device=x.device)[:, None] * self.m).flatten()
-        y = base.flatten(0, 1).index_add(0, flat, (extra[..., None] * part).flatten(0, 1))
+        y = base.flatten(0, 1).index_add(0, flat_positions(there, self.m), (extra[..., None] * part).flatten(0, 1))
         return y.view(base.shape).to(x.dtype)
 
     def total(self, x: torch.Tensor) -> torch.Tensor:

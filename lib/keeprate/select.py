@@ -158,13 +158,15 @@ def bipartite(
     Source: ToMe (2210.09461), bipartite soft matching.
     """
     b = metric.shape[0]
-    source, destination = source.expand(b, -1), destination.expand(b, -1)
-    _check_count(r, source.shape[1], "r")
 
     def pick(index: torch.Tensor) -> torch.Tensor:
+        if index.dim() == 1:
+            return metric.index_select(1, index)
         return metric.gather(1, index[..., None].expand(-1, -1, metric.shape[2]))
 
     best, target = score.similarity(pick(source), pick(destination)).max(-1)
+    source, destination = source.expand(b, -1), destination.expand(b, -1)
+    _check_count(r, source.shape[1], "r")
     edge = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
     return source.gather(1, edge), destination.gather(1, target.gather(1, edge))
 

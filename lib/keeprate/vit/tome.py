@@ -102,11 +102,9 @@ def merge_in_rounds(
     """
     if r >= metric.shape[1]:
         raise ValueError(f"r must be below the {metric.shape[1]} tokens present; got {r}")
-    rep = labels = torch.arange(metric.shape[1], device=metric.device).expand(size.shape)
-    weight = size
-    while r > 0:
-        step = min(r, metric.shape[1] // 2)
-        once = merge_pairs(*pairs(metric, weight, step), weight)
-        labels, rep, r = once.slot.gather(1, labels), gather_tokens(rep, once.rep), r - step
-        metric, weight = (once(metric), once.total(weight)) if r else (metric, weight)
-    return merge(labels, size, rep)
+    step = min(r, metric.shape[1] // 2)
+    once = merge_pairs(*pairs(metric, size, step), size)
+    if step == r:
+        return once
+    later = merge_in_rounds(once(metric), once.total(size), r - step, pairs)
+    return merge(later.slot.gather(1, once.slot), size, gather_tokens(once.rep, later.rep))
