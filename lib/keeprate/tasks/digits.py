@@ -148,6 +148,7 @@ def draw_glyphs(
     angle: torch.Tensor | None = None,
     slant: torch.Tensor | None = None,
     threshold: torch.Tensor | None = None,
+    bend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw each glyph, smoothly enlarged, on its own empty canvas.
 
@@ -159,6 +160,7 @@ def draw_glyphs(
         angle: [n], rotation in radians, default 0.
         slant: [n], horizontal shear, default 0.
         threshold: [n], ink level at which a pixel is half covered, default 0.5; higher is thinner.
+        bend: [n, 4], second-order warp of the box: how far v^2 and u v shift u, and u^2 and u v shift v; default none.
 
     Returns:
         Coverage (alpha) [n, height, width] in 0..1.
@@ -172,6 +174,9 @@ def draw_glyphs(
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     v = cos * y - sin * x  # n h w
     u = sin * y + cos * x + slant[:, None, None] * v
+    if bend is not None:
+        a, b, c, d = bend.T[:, :, None, None]
+        u, v = u + a * v.square() + b * u * v, v + c * u.square() + d * u * v
     smooth = F.grid_sample(ink[:, None], torch.stack([u, v], -1), mode="bicubic", align_corners=False)[:, 0]
     return ((smooth - threshold[:, None, None]) / 0.4 + 0.5).clamp(0, 1)
 
@@ -262,7 +267,10 @@ def render(rng: np.random.Generator, n: int, split: str, side: int = GRID, clutt
     height = uniform(*HEIGHT)
     centre = height[:, None] / 2 + uniform(0, 1, 2) * (canvas - height)[:, None]
     angle, slant, threshold = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.4, 0.6)
-    alpha = draw_glyphs(ink[which], centre, height, (canvas, canvas), angle, slant, threshold)
+    bend = None
+    if split == "train":  # eleven writers are few: vary their hands more than the test does
+        angle, slant, bend = 1.5 * angle, 1.5 * slant, uniform(-0.15, 0.15, 4)
+    alpha = draw_glyphs(ink[which], centre, height, (canvas, canvas), angle, slant, threshold, bend)
     background = crop_photographs(rng, n, canvas, canvas, split) * clutter
     pixels = paste(background, alpha, uniform(0.4, 1.0, 3), uniform(*CONTRAST))
     return Digits((pixels * 255).round().to(torch.uint8), labels[which], covered_patches(alpha))

@@ -28,10 +28,7 @@ from torch.nn import functional as F
 
 from keeprate.tasks import digits
 
-KEEP, BEFORE_LAYER = (
-    0.3,
-    4,
-)  # the card's random baseline: this share of patches goes on from this layer (counted from 1)
+KEEP, BEFORE_LAYER = 0.3, 4  # the card's random baseline: this share of patches goes on from this layer (from 1)
 
 
 class Forward(Protocol):
@@ -456,6 +453,7 @@ def main(name: str, recipe: Recipe, build: Callable[[], nn.Module], forward: For
     model.cpu().eval()
     facts = {
         "name": name,
+        "task": "vit-digits",
         "status": "final" if trainer.step == recipe.steps else f"interim: step {trainer.step} of {recipe.steps}",
         "train_command": f"python -m keeprate.train.{name.replace('-', '_')} --out data/models/{name}",
         "data": DATA,

@@ -19,8 +19,8 @@ RECIPE = Recipe(
         Stage(1000, side=6, batch=64, depth=4, clutter=(0.0, 0.2)),
         Stage(4000, side=6, batch=64, depth=4, clutter=(0.2, 1.0)),
         Stage(1500, side=10, batch=64, depth=4),
-        Stage(1050, side=8, batch=64),
-        Stage(670, side=14, batch=48),
+        Stage(1600, side=8, batch=64),
+        Stage(900, side=14, batch=48),
     ),
     decay=0.2,
 )
