@@ -25,7 +25,8 @@ class Block:
 
     def attend(self, layer: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
         """First half: x + attention(norm(x)). x: [b, n, d]."""
-        y, _ = getattr(layer, self.attention)(getattr(layer, self.norm1)(x), attention_mask=None, **kwargs)
+        y = getattr(layer, self.attention)(getattr(layer, self.norm1)(x), **kwargs)
+        y = y[0] if isinstance(y, tuple) else y  # DINOv2 returns the bare tensor before transformers 5.23
         for name in self.after_attention:
             y = getattr(layer, name)(y)
         return y + x

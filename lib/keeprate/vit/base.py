@@ -216,7 +216,8 @@ class Session(Listener):
         body = self.body
         if body.tower in _active:
             raise ValueError("a token reduction is active on this model already; leave its with block first")
-        attention = [body.attention(layer) for layer in body.layers]
+        # the module that calls the attention function may lie inside a wrapper of the block's attention
+        attention = [module for layer in body.layers for module in body.attention(layer).modules()]
         with ExitStack() as stack:
             _active.add(body.tower)
             stack.callback(_active.discard, body.tower)
