@@ -1,5 +1,6 @@
-"""Tasks by name: images with labels and, where the task knows it, the patches that matter."""
+"""Tasks that know the truth: digits on photographs, recall in reference text; or public data."""
 
+from keeprate.tasks import docs, recall
 from keeprate.tasks.images import EMBEDDED, Task, task
 
-__all__ = ["EMBEDDED", "Task", "task"]
+__all__ = ["EMBEDDED", "Task", "docs", "recall", "task"]
