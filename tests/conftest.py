@@ -6,6 +6,12 @@ import sys
 # Before anything imports a Hugging Face library, which read these once.
 os.environ.update(dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "TQDM_DISABLE"), "1"))
 
+import torch
+
+# Before anything imports triton (transformers' models do): without a GPU the kernel tests run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 
