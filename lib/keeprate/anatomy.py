@@ -185,3 +185,78 @@ def grid_of(config) -> tuple[int, int]:
 def quarters(depth: int) -> tuple[int, ...]:
     """The field's default, after a quarter, half and three quarters of the blocks: 4, 7, 10 of 12 (1-based)."""
     return tuple(dict.fromkeys(math.floor(depth * q / 4) + 1 for q in (1, 2, 3)))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model as the KV-cache methods see it.
+
+    Attributes:
+        name: Architecture, as `kr.methods()` and errors call it.
+        body: The stack of decoder layers: embeds, attends, keeps the cache.
+        attention: Attention module of every layer.
+        treated: Layers whose cache holds the whole context; the others have a sliding window and are left alone.
+        heads, kv_heads, head_dim: Query heads, key/value heads (heads is a multiple), channels of a head.
+    """
+
+    name: str
+    body: nn.Module
+    attention: tuple[nn.Module, ...]
+    treated: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def rotary(self, positions: torch.Tensor, layer: int, dtype: torch.dtype = torch.float32):
+        """Cosines and sines of the rotary embedding: positions [b, m] -> two tensors [b, m, d]."""
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        kinds = getattr(self.body.config, "layer_types", None)
+        if self.name == "gemma3":  # its sliding and full layers rotate at different speeds
+            return self.body.rotary_emb(like, positions, kinds[layer])
+        return self.body.rotary_emb(like, positions)
+
+
+DECODERS = {
+    "LlamaModel": "llama",
+    "MistralModel": "mistral",
+    "Qwen2Model": "qwen2",
+    "Qwen3Model": "qwen3",
+    "GemmaModel": "gemma",
+    "Gemma2Model": "gemma2",
+    "Gemma3TextModel": "gemma3",
+}
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """The one language decoder inside a model.
+
+    Raises:
+        ValueError: If the model has none, or more than one, of a supported class, or no layer that caches everything.
+
+    Example:
+        >>> decoder(kr.load("llama-docs").model).kv_heads   # doctest: +SKIP
+    """
+    bodies = [module for module in model.modules() if type(module).__name__ in DECODERS]
+    if len(bodies) != 1:
+        found = ", ".join(type(b).__name__ for b in bodies) or "none"
+        raise ValueError(
+            f"{type(model).__name__} must hold exactly one decoder of a supported class ({', '.join(DECODERS)}); "
+            f"found {found}"
+        )
+    body = bodies[0]
+    config = body.config
+    attention = tuple(layer.self_attn for layer in body.layers)
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:  # Mistral says it once for all layers
+        kinds = ["sliding_attention" if window else "full_attention"] * len(attention)
+    treated = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    if not treated:
+        raise ValueError(
+            f"every layer of this {type(model).__name__} keeps a sliding window of {window} tokens: "
+            "there is no cache of the whole context to shorten"
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Decoder(DECODERS[type(body).__name__], body, attention, treated, heads, kv_heads, head_dim)

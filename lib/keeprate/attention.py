@@ -34,6 +34,7 @@ class AttentionView:
         mask: Additive or boolean mask [b|1, h|1, n_q|1, n_k], or None.
         scaling: Factor on the logits.
         causal: Whether a causal mask applies on top of `mask`.
+        position_ids: [b|1, n_q] positions of the queries, where the model hands them over.
     """
 
     q: torch.Tensor
@@ -42,6 +43,7 @@ class AttentionView:
     mask: torch.Tensor | None
     scaling: float
     causal: bool = False
+    position_ids: torch.Tensor | None = None
 
     def rows(self, index: int | list[int] | torch.Tensor) -> torch.Tensor:
         """Exact probabilities of a few query rows.
@@ -127,6 +129,13 @@ class Listener:
         """Called before the layer attends; returns the view it shall use (fewer keys, an added bias)."""
         return view
 
+    def attend(self, module: nn.Module, view: AttentionView) -> torch.Tensor | None:
+        """Called in place of the layer's own kernel; None leaves the work to it.
+
+        Returns:
+            [b, h, n_q, d], or None.
+        """
+
     def fold(self, module: nn.Module, view: AttentionView) -> None:
         """Called after the layer attended, with the view that was used."""
 
@@ -157,12 +166,17 @@ def _attend(inner: str):
                 query.shape[-1] ** -0.5 if scaling is None else scaling,
                 # a mask that was handed over already holds causality, and a single query row sees every key
                 bool(causal) and attention_mask is None and query.shape[2] > 1,
+                kwargs.get("position_ids"),
             )
             for listener in active:
                 view = listener.gather(module, view)
             query, key, value, attention_mask = view.q, view.k, view.v, view.mask
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
-        output = function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        done = next((out for out in (a.attend(module, view) for a in active) if out is not None), None)
+        if done is None:
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
+            output = function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        else:
+            output = done.transpose(1, 2), None
         for listener in active:
             listener.fold(module, view)
         return output

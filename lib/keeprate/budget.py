@@ -96,6 +96,21 @@ class Budget:
         entry = self.schedule[stage - 1]
         return entry if isinstance(entry, int) else max(1, int(total * entry + 1e-9))
 
+    def each(self, lengths: torch.Tensor, stage: int = 1) -> torch.Tensor:
+        """Tokens that survive for samples of different lengths [b]: [b], between 1 and the length.
+
+        Unlike `count`, a keep rate does not compound: it is a share of the length at every stage.
+        """
+        if self.ragged:
+            raise ValueError(f"{self} has no count before scores are known; this use needs keep, tokens or a schedule")
+        entry = self.keep if self.keep is not None else self.tokens
+        if self.schedule is not None:
+            if stage > len(self.schedule):
+                raise ValueError(f"the schedule has {len(self.schedule)} entries but reduction {stage} was asked for")
+            entry = self.schedule[stage - 1]
+        counts = (lengths * entry + 1e-6).long() if isinstance(entry, float) else torch.full_like(lengths, entry)
+        return torch.minimum(counts.clamp_min(1), lengths)
+
     def counts(self, scores: torch.Tensor, stage: int = 1, total: int | None = None) -> torch.Tensor:
         """Tokens to keep for every row of scores.
 

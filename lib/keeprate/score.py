@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from keeprate.attention import AttentionView
+from keeprate.check import choice
 
 
 def attention_from(view: AttentionView, rows: int | list[int] | torch.Tensor, prefix: int = 0) -> torch.Tensor:
@@ -197,3 +198,72 @@ def radial(grid: tuple[int, int], norm: float = 2.0) -> torch.Tensor:
 def confidence(logits: torch.Tensor) -> torch.Tensor:
     """Largest class probability of each token: [b, n, classes] -> [b, n]."""
     return logits.float().softmax(-1).amax(-1)
+
+
+# --- cached keys and values ------------------------------------------------------------------------------------------
+
+
+def by_kv_head(x: torch.Tensor, kv_heads: int, reduce: str = "mean") -> torch.Tensor:
+    """Reduce the query heads that share a key head: [b, h, ...] -> [b, g, ...].
+
+    Args:
+        x: Any tensor with query heads on axis 1; head i belongs to KV head i // (h / g).
+        kv_heads: g, a divisor of h.
+        reduce: "mean", "sum" or "max".
+
+    Raises:
+        ValueError: If g does not divide h, or on an unknown `reduce`.
+    """
+    choice("reduce", reduce, ("mean", "sum", "max"))
+    if x.shape[1] % kv_heads:
+        raise ValueError(f"the {x.shape[1]} query heads cannot be shared among {kv_heads} KV heads")
+    grouped = x.unflatten(1, (kv_heads, -1))
+    return grouped.amax(2) if reduce == "max" else getattr(grouped, reduce)(2)
+
+
+def pool(scores: torch.Tensor, kernel: int, mode: str = "avg", valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Smooth scores along the tokens, so that a kept token brings its neighbours: [..., n] -> [..., n].
+
+    Args:
+        scores: [..., n]; nothing lies beyond the ends, where fewer tokens are pooled.
+        kernel: Odd width of the window.
+        mode: "avg" or "max".
+        valid: [..., n] tokens that exist; the others take no part.
+
+    Raises:
+        ValueError: On an even kernel or an unknown mode.
+
+    Source: SnapKV (2404.14469), clustering by pooling.
+    """
+    choice("mode", mode, ("avg", "max"))
+    if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be an odd number of tokens; got {kernel!r}")
+    rows = scores.float().flatten(0, -2)[:, None]
+    there = torch.ones_like(rows) if valid is None else valid.expand_as(scores).flatten(0, -2)[:, None].float()
+    if mode == "max":
+        pooled = F.max_pool1d(rows.masked_fill(there == 0, float("-inf")), kernel, 1, kernel // 2)
+    else:
+        mass = F.avg_pool1d((rows * there).nan_to_num(0.0), kernel, 1, kernel // 2)
+        pooled = mass / F.avg_pool1d(there, kernel, 1, kernel // 2).clamp_min(1e-12)
+    return pooled.view_as(scores)
+
+
+def eviction_error(weight: torch.Tensor, v: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+    """How far the attention output moves when one token goes: a / (1 - a) * ||o - v||, exactly.
+
+    Args:
+        weight: [b, g, n] non-negative; normalised to sum 1 here.
+        v: [b, g, n, d] values.
+        output: [b, g, d]; sum_k a_k v_k when None.
+
+    Returns:
+        [b, g, n].
+
+    Source: CAOTE (2504.14051), closed form of the eviction error.
+    """
+    a = weight.float() / weight.float().sum(-1, keepdim=True).clamp_min(1e-12)
+    v = v.float()
+    o = torch.einsum("bgn,bgnd->bgd", a, v) if output is None else output.float()
+    # ||o - v||^2 without a [b, g, n, d] difference
+    gap = v.square().sum(-1) - 2 * torch.einsum("bgnd,bgd->bgn", v, o) + o.square().sum(-1, keepdim=True)
+    return a / (1 - a).clamp_min(1e-6) * gap.clamp_min(0.0).sqrt()

@@ -31,8 +31,9 @@ class Kept:
     """Kept positions of a batch in which samples may keep different numbers.
 
     Attributes:
-        index: [b, k] positions, sorted where valid; padding holds other unique positions of the sample.
-        valid: [b, k], False = padding; None when every sample keeps k.
+        index: [b, k] positions, sorted where valid; padding holds other unique positions of the sample. Selections per
+            head (`keep_top`) have one more axis, [b, g, k].
+        valid: Same shape, False = padding; None when every sample keeps k.
     """
 
     index: torch.Tensor
@@ -88,6 +89,48 @@ def top_counts(scores: torch.Tensor, counts: torch.Tensor) -> Kept:
     _check_scores(scores)
     rank = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     return ragged(rank < counts[:, None])
+
+
+def keep_top(
+    scores: torch.Tensor,
+    counts: torch.Tensor,
+    protect: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> Kept:
+    """Per head: what is protected and the highest scores beside it, up to a number for every head.
+
+    Args:
+        scores: [b, g, n], higher = keep; ties go to the earlier slot.
+        counts: [b, g] how many to keep; a head never keeps more than it holds, nor fewer than it protects.
+        protect: Broadcastable to [b, g, n]: slots that stay whatever their score; None = none.
+        valid: [b, g, n] slots that hold a token; None = all.
+
+    Returns:
+        index [b, g, k] sorted where valid; its padding comes last.
+
+    Raises:
+        ValueError: On NaN among the valid scores.
+    """
+    there = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    ranked = scores.float().masked_fill(~there, float("-inf"))
+    if ranked.isnan().any():
+        raise ValueError(f"scores hold NaN in samples {ranked.isnan().flatten(1).any(1).nonzero().flatten().tolist()}")
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    counts = torch.minimum(counts, there.sum(-1))
+    # 2 = protected, 1 = a token, 0 = nothing there: sorted by that first, by score within
+    rank_of = there.to(torch.int8)
+    if protect is not None:
+        protect = protect.expand_as(there) & there
+        rank_of = rank_of + protect.to(torch.int8)
+        counts = torch.maximum(counts, protect.sum(-1))
+    first = rank_of.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, first)
+    most = int(counts.max())
+    real = torch.arange(most, device=scores.device) < counts[..., None]
+    # slots in order, padding behind them
+    chosen = torch.where(real, order[..., :most], scores.shape[-1]).sort(-1).values
+    even = bool((counts == most).all())
+    return Kept(chosen if even else torch.where(real, chosen, 0), None if even else real)
 
 
 def threshold(scores: torch.Tensor, theta: float) -> Kept:

@@ -1,0 +1,31 @@
+"""TOVA (2401.06104): a transformer is a multi-state RNN; drop the state the newest token cares least about."""
+
+from dataclasses import dataclass
+
+import torch
+
+from keeprate.kv.base import EvictMethod, Step
+from keeprate.method import register
+
+
+@register(kind="eviction", needs=("attention rows",))
+@dataclass(frozen=True)
+class TOVA(EvictMethod):
+    """Attention of the newest row, mean over all heads of the layer, so that all KV heads keep the same tokens.
+
+    Args:
+        keep: See `EvictMethod`.
+
+    Source: TOVA (2401.06104), section 3.2.
+    """
+
+    when = "decode"
+
+    def protected(self) -> int:
+        return 1
+
+    def protect(self, step: Step) -> torch.Tensor:
+        return step.recent(1)
+
+    def score(self, step: Step) -> torch.Tensor:
+        return step.rows(1).mean((1, 2))[:, None].expand(-1, step.groups, -1)
