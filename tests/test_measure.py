@@ -162,6 +162,19 @@ def test_distances_are_counted_once():
         assert counter.get_total_flops() == 2 * 2 * n * (n + 1) * 8
 
 
+def test_race_takes_turns_and_keeps_to_its_budget():
+    import time
+
+    seen = []
+    calls = (lambda: seen.append("a"), lambda: (seen.append("b"), time.sleep(0.005)))
+    times = M.race(calls, repeats=4, warmup=1)
+    assert "".join(seen) == "ab" + "abba" * 2  # one untimed round, then the order turns
+    assert times.shape == (4, 2) and (times[:, 1] >= 5).all() and np.median(times[:, 0]) < 5
+    assert M.race(calls, repeats=1000, seconds_budget=0.0).shape == (3, 2)
+    with pytest.raises(ValueError, match="repeats must be an integer of at least 1"):
+        M.race(calls, repeats=0)
+
+
 def test_speed_of_a_method_that_sleeps(vit, pixels, monkeypatch):
     import time
 

@@ -1,7 +1,7 @@
 """Measure: accuracy with intervals, cost (FLOPs, time, memory), and whether a score finds the tokens that matter."""
 
 from keeprate.measure.accuracy import Evaluation, evaluate
-from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, speed
+from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, race, speed
 from keeprate.measure.interval import Interval, bootstrap, paired_difference
 from keeprate.measure.truth import Localisation, auroc, localisation, recall, recall_at_budget
 
@@ -19,6 +19,7 @@ __all__ = [
     "operations",
     "paired_difference",
     "peak_memory",
+    "race",
     "recall",
     "recall_at_budget",
     "speed",

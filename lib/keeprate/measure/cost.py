@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +106,71 @@ def flops_estimate(model: nn.Module, counts: torch.Tensor, where: str = "middle"
     return int(total)
 
 
+def race(
+    calls: Sequence[Callable[[], Any]],
+    device: str | torch.device = "cpu",
+    repeats: int = 10,
+    seconds_budget: float = 10.0,
+    warmup: int = 1,
+    kernels: bool = False,
+) -> np.ndarray:
+    """Time several calls in turns, so that all of them see the same machine; compare them round by round.
+
+    Args:
+        calls: Functions without arguments.
+        device: Where they work; a GPU is waited for.
+        repeats: Rounds at most.
+        seconds_budget: No new round is begun after this time; three are always measured (fewer if repeats is lower).
+        warmup: Untimed rounds before.
+        kernels: On a GPU, its own time between events instead of the wall clock: every call finds the cache cold and
+            the GPU busy until it is queued, so that starting it costs nothing. Nothing changes on a CPU.
+
+    Returns:
+        [rounds, calls] milliseconds.
+
+    Raises:
+        ValueError: If repeats is below 1.
+
+    Example:
+        >>> race((lambda: x @ x, lambda: x + x))   # doctest: +SKIP
+    """
+    whole("repeats", repeats)
+    device = torch.device(device)
+    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    # several times the largest cache of a GPU
+    filler = torch.empty(2**28, dtype=torch.int16, device=device) if kernels and device.type == "cuda" else None
+
+    def wall(call: Callable[[], Any]) -> Callable[[], float]:
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        took = (time.perf_counter() - start) * 1e3
+        return lambda: took
+
+    def events(call: Callable[[], Any]) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        filler.zero_()
+        start.record()
+        call()
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    timed = wall if filler is None else events
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    synchronise()
+    rounds, begin = [], time.perf_counter()
+    while len(rounds) < repeats and (len(rounds) < 3 or time.perf_counter() - begin < seconds_budget):
+        # the order turns in every round, so that drift of the clock rate favours none
+        order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
+        taken = {i: timed(calls[i]) for i in order}
+        synchronise()
+        rounds.append([taken[i]() for i in range(len(calls))])
+    return np.array(rounds)
+
+
 @dataclass(frozen=True)
 class Speed:
     """Wall clock of a method against the dense model.
@@ -178,33 +243,18 @@ def speed(
         watch[0] += time.perf_counter() - start
         return decision
 
-    def run(chosen: Method | None) -> float:
-        synchronise()
-        start = time.perf_counter()
-        _forward(model, inputs, chosen)
-        synchronise()
-        return time.perf_counter() - start
-
-    observed = _observed(method, timed)
-    for _ in range(warmup):
-        run(None), run(method)
-    pairs, selection, begin = [], [], time.perf_counter()
-    while len(pairs) < repeats and (len(pairs) < 3 or time.perf_counter() - begin < seconds_budget):
-        # the order turns in every pair, so that drift of the clock rate favours neither
-        first = len(pairs) % 2 == 0
-        dense = run(None) if first else 0.0
-        reduced = run(method)
-        pairs.append((dense if first else run(None), reduced))
-        if len(selection) < 3:  # apart, since watching a GPU holds it up
-            watch[0] = 0.0
-            run(observed)
-            selection.append(watch[0])
-    dense, reduced = np.array(pairs).T
+    observed, selection = _observed(method, timed), []
+    calls = (lambda: _forward(model, inputs, None), lambda: _forward(model, inputs, method))
+    dense, reduced = race(calls, device, repeats, seconds_budget, warmup).T
+    for _ in range(min(3, len(dense))):  # apart, since watching a GPU holds it up
+        watch[0] = 0.0
+        _forward(model, inputs, observed)
+        selection.append(watch[0])
     low, middle, high = np.quantile(dense / reduced, [0.25, 0.5, 0.75])
     return Speed(
-        Interval(float(middle), float(low), float(high), len(pairs)),
-        float(np.median(dense)) * 1e3,
-        float(np.median(reduced)) * 1e3,
+        Interval(float(middle), float(low), float(high), len(dense)),
+        float(np.median(dense)),
+        float(np.median(reduced)),
         float(np.median(selection)) * 1e3,
         len(next(iter(_keywords(inputs).values()))),
         attention,
