@@ -94,6 +94,19 @@ class AttentionView:
         bias = bias.to(self.q.dtype)
         return replace(self, mask=bias if self.mask is None else _add_masks(self.mask, bias))
 
+    def tail(self, count: int) -> "AttentionView":
+        """The same layer as its last `count` query rows see it; all rows when there are no more."""
+        if count >= self.q.shape[2]:
+            return self
+        mask, ids = self.mask, self.position_ids
+        return replace(
+            self,
+            q=self.q[:, :, -count:],
+            mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, -count:],
+            causal=self.causal and count > 1,
+            position_ids=None if ids is None else ids[:, -count:],
+        )
+
     def take(self, index: torch.Tensor) -> "AttentionView":
         """The layer restricted to some tokens, as queries and as keys.
 

@@ -133,6 +133,41 @@ def keep_top(
     return Kept(chosen if even else torch.where(real, chosen, 0), None if even else real)
 
 
+def pooled_counts(
+    scores: torch.Tensor,
+    total: torch.Tensor,
+    sure: torch.Tensor,
+    protect: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Divide a layer's budget among its heads: each head's sure part first, the best of all heads for the rest.
+
+    Args:
+        scores: [b, g, n], comparable between heads.
+        total: [b] tokens of all heads together.
+        sure: [b, g] tokens that every head has whatever the others score; they are its best.
+        protect: Broadcastable to [b, g, n], slots that stay and count first; None = none.
+        valid: [b, g, n] slots that hold a token; None = all.
+
+    Returns:
+        [b, g] counts that sum to total, or to all tokens there are, or to what is protected where that is more.
+
+    Source: Ada-KV (2407.11550), algorithm 1; the sure part is its safeguard.
+    """
+    b, g, n = scores.shape
+    there = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    first = torch.zeros_like(there) if protect is None else protect.expand_as(there) & there
+    ranked = scores.float().masked_fill(~there, float("-inf"))
+    order = ranked.masked_fill(first, float("inf")).argsort(dim=-1, descending=True, stable=True)
+    sure = torch.minimum(torch.maximum(sure, first.sum(-1)), there.sum(-1))
+    taken = order.argsort(-1) < sure[..., None]
+    left = (total - sure.sum(1)).clamp_min(0)
+    pool = ranked.masked_fill(taken, float("-inf")).flatten(1)
+    rank = pool.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    won = (rank < left[:, None]) & ~pool.isneginf()
+    return sure + won.view(b, g, n).sum(-1)
+
+
 def threshold(scores: torch.Tensor, theta: float) -> Kept:
     """Positions whose score is at least theta; the best token always stays."""
     _check_scores(scores)

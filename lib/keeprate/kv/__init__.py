@@ -1,24 +1,41 @@
 """KV-cache methods: what to drop after prefill or while decoding, what to read, what to keep in fewer bits."""
 
-from keeprate.kv.base import EvictMethod, KVMethod, KVTrace, Modifier, ReadMethod, Step
+from keeprate.kv.a2sf import A2SF
+from keeprate.kv.adakv import AdaKV
+from keeprate.kv.base import EvictMethod, KVMethod, Modifier, ReadMethod, Step
 from keeprate.kv.baselines import OracleKV, RandomKV, future_attention
 from keeprate.kv.cache import KVLayer
+from keeprate.kv.caote import CAOTE
 from keeprate.kv.h2o import H2O
+from keeprate.kv.keydiff import KeyDiff
+from keeprate.kv.knorm import KNorm
+from keeprate.kv.pyramidkv import PyramidKV
+from keeprate.kv.scissorhands import Scissorhands
+from keeprate.kv.session import KVTrace
 from keeprate.kv.snapkv import SnapKV
 from keeprate.kv.streaming import StreamingLLM
 from keeprate.kv.tova import TOVA
+from keeprate.kv.vatp import VATP
 
 __all__ = [
+    "A2SF",
+    "CAOTE",
     "H2O",
     "TOVA",
+    "VATP",
+    "AdaKV",
     "EvictMethod",
+    "KNorm",
     "KVLayer",
     "KVMethod",
     "KVTrace",
+    "KeyDiff",
     "Modifier",
     "OracleKV",
+    "PyramidKV",
     "RandomKV",
     "ReadMethod",
+    "Scissorhands",
     "SnapKV",
     "Step",
     "StreamingLLM",

@@ -361,11 +361,11 @@ class KVLayer(CacheLayerMixin):
         index = index.masked_fill(~there, last).sort(-1).values[..., : int(there.sum(-1).max())]
         return index.masked_fill(index == last, -1)
 
-    def carry(self, name: str, default: float = 0.0, *shape: int) -> torch.Tensor:
-        """The state tensor [b, g, n, *shape] of that name, made of `default` when it is new; write into it in place."""
+    def carry(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The state tensor [b, g, n, *shape] of that name, zero where it is new; write into it in place."""
         if name not in self.state:
             b, g = self.dense[0].buffer.shape[:2]
-            self.state[name] = Growing(torch.full((b, g, self.n, *shape), default, device=self.device))
+            self.state[name] = Growing(torch.zeros(b, g, self.n, *shape, dtype=dtype, device=self.device))
         return self.state[name].view
 
     # --- what becomes of tokens ---------------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ class KVLayer(CacheLayerMixin):
             cold: (slots [b, g, c], padding or None, bits) of tokens to pack.
         """
         if self.masked:
-            held = torch.zeros(*slot.shape[:2], self.n, dtype=torch.bool, device=self.device)
-            held.scatter_(2, slot, torch.ones_like(slot, dtype=torch.bool) if there is None else there)
+            held = torch.zeros(*slot.shape[:2], self.n, dtype=torch.int8, device=self.device)
+            held = held.scatter_add(2, slot, _mask(slot, there).to(torch.int8)) > 0
             held[:, :, : self.n_cold] = True
             if self._valid is not None:
                 held &= self._valid.view
@@ -432,7 +432,7 @@ class KVLayer(CacheLayerMixin):
         self.touched = True
 
     def _drop_flat(self, slot: torch.Tensor) -> None:
-        """The same where heads hold different numbers: the newest token lies in the dense part, the lost one anywhere."""
+        """The same where heads hold different numbers: the newest token is in the dense part, the lost one anywhere."""
         inside = slot < self.flat.n
         row = self.flat.slots.gather(2, slot.clamp_max(self.flat.n - 1)[..., None])[..., 0][inside]
         for store, new in zip((self.flat.keys, self.flat.values), self.dense, strict=True):

@@ -28,4 +28,4 @@ class TOVA(EvictMethod):
         return step.recent(1)
 
     def score(self, step: Step) -> torch.Tensor:
-        return step.rows(1).mean((1, 2))[:, None].expand(-1, step.groups, -1)
+        return step.shared(step.by_kv_head(step.rows(1)[:, :, 0]))
