@@ -168,16 +168,20 @@ def tokens(tokenizer: Any, split: str = "test") -> Tensor:
     Raises:
         ValueError: Unknown split.
     """
-    text = documents(split)
-    if split == "test":
-        return torch.from_numpy(_encode(tokenizer, text))
+    if check.choice("split", split, SPLITS) == "test":
+        return torch.from_numpy(_encode(tokenizer, documents(split)))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = (backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))) + fingerprint(split)["sha256"]
-    cached = _cache() / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.npy"
+    told = [
+        backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items())),
+        platform.python_version(),
+        *(f"{name} {path.stat().st_size}" for name, path in _sources(split)),
+        Path(__file__).read_text(),
+    ]
+    cached = _cache() / f"{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.npy"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".part", delete=False) as part:
-            np.save(part, _encode(tokenizer, text).astype(np.int32))
+            np.save(part, _encode(tokenizer, documents(split)).astype(np.int32))
         os.replace(part.name, cached)
     return torch.from_numpy(np.load(cached, allow_pickle=False).astype(np.int64))
 
