@@ -6,11 +6,15 @@ from keeprate.kv.base import EvictMethod, KVMethod, Modifier, ReadMethod, Step
 from keeprate.kv.baselines import OracleKV, RandomKV, future_attention
 from keeprate.kv.cache import KVLayer
 from keeprate.kv.caote import CAOTE
+from keeprate.kv.expected_attention import ExpectedAttention
 from keeprate.kv.h2o import H2O
 from keeprate.kv.keydiff import KeyDiff
 from keeprate.kv.knorm import KNorm
+from keeprate.kv.kvcompose import KVCompose
 from keeprate.kv.pyramidkv import PyramidKV
+from keeprate.kv.rcstat import RCStat
 from keeprate.kv.scissorhands import Scissorhands
+from keeprate.kv.sepllm import SepLLM
 from keeprate.kv.session import KVTrace
 from keeprate.kv.snapkv import SnapKV
 from keeprate.kv.streaming import StreamingLLM
@@ -25,7 +29,9 @@ __all__ = [
     "VATP",
     "AdaKV",
     "EvictMethod",
+    "ExpectedAttention",
     "KNorm",
+    "KVCompose",
     "KVLayer",
     "KVMethod",
     "KVTrace",
@@ -33,9 +39,11 @@ __all__ = [
     "Modifier",
     "OracleKV",
     "PyramidKV",
+    "RCStat",
     "RandomKV",
     "ReadMethod",
     "Scissorhands",
+    "SepLLM",
     "SnapKV",
     "Step",
     "StreamingLLM",

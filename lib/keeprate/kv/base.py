@@ -8,7 +8,7 @@ The session (session.py) does the rest: cache layers, masks, positions, padding,
 
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -44,6 +44,8 @@ class Step:
         depth: How many are treated.
         first: Whether this call filled an empty cache (the prompt).
         real: [b, m] which of the new tokens are real; None = all.
+        ids: [b, m] the new tokens; None when the model was given embeddings.
+        common: Shared by all layers of this call: what one layer decides and another one uses.
         generator: The method's own source of chance.
     """
 
@@ -55,6 +57,8 @@ class Step:
     depth: int
     first: bool
     real: torch.Tensor | None
+    ids: torch.Tensor | None
+    common: dict[str, Any]
     generator: torch.Generator
 
     @property
@@ -109,6 +113,20 @@ class Step:
         """Attention of the last `count` query rows: [b, h, count, n], at most m rows."""
         return self.view.rows(list(range(max(0, self.m - count), self.m)))
 
+    def logits(self, count: int = 1) -> torch.Tensor:
+        """Scaled logits of the last `count` query rows, -inf where hidden: [b, h, count, n] in fp32."""
+        view = self.view.tail(count)
+        q = view.q.float().unflatten(1, (self.groups, -1)).flatten(2, 3)  # b g (h/g count) d
+        logits = (q @ view.k.float().transpose(-1, -2)).unflatten(2, (-1, view.q.shape[2])).flatten(1, 2)
+        logits = logits * view.scaling
+        mask = view.mask
+        if mask is None:
+            if not view.causal:
+                return logits
+            last = torch.arange(self.n - view.q.shape[2], self.n, device=q.device)[:, None]
+            mask = torch.arange(self.n, device=q.device) <= last
+        return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
+
     def received(self, weight: torch.Tensor | None = None, reduce: str = "sum") -> torch.Tensor:
         """Attention every slot received from this call's real query rows: [b, h, n], see `AttentionView.received`.
 
@@ -126,7 +144,7 @@ class Step:
         return by_kv_head(x, self.groups, reduce)
 
     def shared(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean over KV heads of what each gives the same token, 0 where a head no longer holds it: [b, g, n] -> same."""
+        """Mean over KV heads of what each gives the same token, 0 from a head that lost it: [b, g, n] -> same."""
         if not self.cache.touched:
             return x.mean(1, keepdim=True).expand_as(x)
         index = self.index.flatten(1)

@@ -5,7 +5,7 @@ import torch
 from keeprate.anatomy import Decoder
 
 
-def _angles(positions: torch.Tensor, body: Decoder, layer: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _angles(positions: torch.Tensor, body: Decoder, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions [b|1, m] or [b, heads, m], shaped to meet [b, heads, m, d]."""
     if positions.dim() == 2:
         cos, sin = body.rotary(positions, layer)
@@ -32,11 +32,22 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, body: Decoder, layer: int) 
     Returns:
         [b, heads, m, d] in fp32.
     """
-    cos, sin = _angles(positions, body, layer, x.shape[1])
-    return x.float() * cos + _half(x.float()) * sin
+    cos, sin = _angles(positions, body, layer)
+    return turn(x.float(), cos, sin)
 
 
 def unrotate(x: torch.Tensor, positions: torch.Tensor, body: Decoder, layer: int) -> torch.Tensor:
     """Take positions off again: the inverse of `rotate`, same shapes."""
-    cos, sin = _angles(positions, body, layer, x.shape[1])
-    return (x.float() * cos - _half(x.float()) * sin) / (cos.square() + sin.square())
+    cos, sin = _angles(positions, body, layer)
+    return turn(x.float(), cos, -sin) / (cos.square() + sin.square())
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + J x sin, with cosines and sines that meet x: a rotation, or a mean of rotations."""
+    return x * cos + _half(x) * sin
+
+
+def average_rotation(first: torch.Tensor, count: int, body: Decoder, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cosines and sines over the positions first, ..., first + count - 1: first [b] -> two tensors [b, 1, d]."""
+    cos, sin = body.rotary(first[:, None] + torch.arange(count, device=first.device), layer)
+    return cos.float().mean(1, keepdim=True), sin.float().mean(1, keepdim=True)

@@ -102,6 +102,7 @@ class KVSession(Listener):
         self.number = {body.attention[i]: place for place, i in enumerate(body.treated)}
         self.generator = torch.Generator().manual_seed(seed)
         self.trace = KVTrace(repr(method), body.treated)
+        self.common: dict[str, Any] = {}
         self.running = False
         self.replaying = False
         self.cache: Any = None
@@ -174,7 +175,7 @@ class KVSession(Listener):
             self.method.check(self.body, lengths)
         self.cache = self.trace._last = cache
         self.inputs = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
-        self.waiting = []
+        self.waiting, self.common = [], {}
         return args, kwargs
 
     def _take_over(self, cache: Any) -> None:
@@ -227,8 +228,11 @@ class KVSession(Listener):
         """Read the prompt again behind itself; nothing of the second reading is kept."""
         layers = [self.cache.layers[i] for i in self.body.treated]
         mask, prompt = self.inputs["attention_mask"], self.inputs
+        positions = torch.arange(layers[0].last, device=layers[0].device)[None]
         if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
             mask = torch.cat([mask, mask], 1)
+        positions = positions + layers[0].extra["lengths"][:, None]
         others = {i: c for i, c in enumerate(self.cache.layers) if i not in self.body.treated}
         if others:
             raise ValueError(f"{self.method.name} reads the prompt twice, which layers with a sliding window cannot")
@@ -240,6 +244,7 @@ class KVSession(Listener):
                 input_ids=prompt["input_ids"],
                 inputs_embeds=None if prompt["input_ids"] is not None else prompt["inputs_embeds"],
                 attention_mask=mask,
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
             )
@@ -326,6 +331,8 @@ class KVSession(Listener):
             len(self.number),
             self.first,
             self.real,
+            self.inputs["input_ids"],
+            self.common,
             self.generator,
         )
 
