@@ -1,6 +1,16 @@
 """Kernels that make token importance cheap: each op has one public function and a plain-torch reference beside it."""
 
 from keeprate_kernels.attention_received import attention_received, attention_rows
+from keeprate_kernels.bipartite_match import bipartite_match
 from keeprate_kernels.quantise_kv import Packed, dequantise, quantise, quantise_kv, quantise_mixed
 
-__all__ = ["Packed", "attention_received", "attention_rows", "dequantise", "quantise", "quantise_kv", "quantise_mixed"]
+__all__ = [
+    "Packed",
+    "attention_received",
+    "attention_rows",
+    "bipartite_match",
+    "dequantise",
+    "quantise",
+    "quantise_kv",
+    "quantise_mixed",
+]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from keeprate import score
 from keeprate.check import choice, whole
+from keeprate_kernels import bipartite_match
 
 LINKAGES = ("single", "complete", "average")
 
@@ -133,6 +134,15 @@ def keep_top(
     return Kept(chosen if even else torch.where(real, chosen, 0), None if even else real)
 
 
+def ragged_heads(keep: torch.Tensor) -> Kept:
+    """Slots of a boolean mask [b, g, n] whose heads may hold different numbers of True, padded to the most."""
+    counts = keep.sum(-1)
+    most = int(counts.max())
+    real = torch.arange(most, device=keep.device) < counts[..., None]
+    index = (~keep).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+    return Kept(index, None if bool(real.all()) else real)
+
+
 def pooled_counts(
     scores: torch.Tensor,
     total: torch.Tensor,
@@ -236,13 +246,7 @@ def bipartite(
     Source: ToMe (2210.09461), bipartite soft matching.
     """
     b = metric.shape[0]
-
-    def pick(index: torch.Tensor) -> torch.Tensor:
-        if index.dim() == 1:
-            return metric.index_select(1, index)
-        return metric.gather(1, index[..., None].expand(-1, -1, metric.shape[2]))
-
-    best, target = score.similarity(pick(source), pick(destination)).max(-1)
+    best, target = bipartite_match(metric, source, destination)
     source, destination = source.expand(b, -1), destination.expand(b, -1)
     _check_count(r, source.shape[1], "r")
     edge = best.sort(dim=1, descending=True, stable=True).indices[:, :r]
