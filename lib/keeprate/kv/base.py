@@ -187,6 +187,10 @@ class KVMethod(Method):
         """Architectures that the conformance suite runs this method on."""
         return tuple(DECODERS.values())
 
+    def target(self, step: Step) -> torch.Tensor:
+        """[b, 1] tokens that every head may hold, or read: a keep rate is a share of all that arrived so far."""
+        return self.budget.each(step.lengths, step.layer + 1)[:, None]
+
     def check(self, body: Decoder, lengths: torch.Tensor) -> None:
         """Raise a ValueError if the method cannot work on this model or on prompts of these lengths [b]."""
 
@@ -281,10 +285,6 @@ class EvictMethod(KVMethod):
             return torch.full((len(step.view.k),), step.first, device=step.view.k.device)
         return (step.cache.hot_counts > self.target(step)).any(1)
 
-    def target(self, step: Step) -> torch.Tensor:
-        """[b, 1] tokens that every head may hold: a keep rate is a share of all that arrived so far."""
-        return self.budget.each(step.lengths, step.layer + 1)[:, None]
-
     def score(self, step: Step) -> torch.Tensor:
         """Importance of every cached token, [b, g, n] in fp32, higher = keep; what `valid` excludes may be anything."""
         raise NotImplementedError(f"{self.name} does not say how it scores")
@@ -309,7 +309,16 @@ class EvictMethod(KVMethod):
 
 @dataclass(frozen=True)
 class ReadMethod(KVMethod):
-    """A method that keeps the whole cache and reads a part of it at every decode step."""
+    """A method that keeps the whole cache and reads a part of it at every decode step.
+
+    Args:
+        keep: How many tokens a head reads: see `KVMethod`.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget.ragged:
+            raise ValueError(f"{self.name} needs a number of tokens known in advance; got keep={self.keep!r}")
 
     def choose(self, step: Step) -> select.Kept | None:
         """Slots to read now, index [b, g, k]; None = read everything."""

@@ -425,11 +425,8 @@ def others(kept: select.Kept, cache: KVLayer, bits: int) -> tuple[torch.Tensor, 
     taken.scatter_add_(2, kept.index, real.to(torch.int8))
     free = free & (taken == 0)
     free[:, :, : cache.n_cold] = False
-    counts = free.sum(-1)
-    most = int(counts.max())
-    index = (~free).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
-    there = torch.arange(most, device=free.device) < counts[..., None]
-    return index, None if bool(there.all()) else there, whole("bits", bits)
+    left = select.ragged_heads(free)
+    return left.index, left.valid, whole("bits", bits)
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:
