@@ -40,6 +40,16 @@ class Kept:
     index: torch.Tensor
     valid: torch.Tensor | None = None
 
+    def mask(self, n: int) -> torch.Tensor:
+        """The selection as a mask [..., n]."""
+        real = torch.ones_like(self.index) if self.valid is None else self.valid.to(self.index.dtype)
+        return (
+            torch.zeros(*self.index.shape[:-1], n, dtype=real.dtype, device=real.device).scatter_add(
+                -1, self.index, real
+            )
+            > 0
+        )
+
 
 def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Positions of the k highest scores, sorted; ties go to the earlier token.

@@ -13,6 +13,7 @@ from keeprate.kv.h2o import H2O
 from keeprate.kv.keydiff import KeyDiff
 from keeprate.kv.knorm import KNorm
 from keeprate.kv.kvcompose import KVCompose
+from keeprate.kv.pod import PoD, layer_similarity
 from keeprate.kv.pyramidkv import PyramidKV
 from keeprate.kv.quest import Quest
 from keeprate.kv.rcstat import RCStat
@@ -25,6 +26,7 @@ from keeprate.kv.tidaldecode import TidalDecode
 from keeprate.kv.tokenselect import TokenSelect
 from keeprate.kv.tova import TOVA
 from keeprate.kv.vatp import VATP
+from keeprate.kv.zipcache import ZipCache
 
 __all__ = [
     "A2SF",
@@ -45,6 +47,7 @@ __all__ = [
     "KeyDiff",
     "Modifier",
     "OracleKV",
+    "PoD",
     "PyramidKV",
     "Quest",
     "RCStat",
@@ -57,5 +60,7 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
+    "ZipCache",
     "future_attention",
+    "layer_similarity",
 ]

@@ -100,12 +100,46 @@ class Flat:
         return self.keys[self.slots], self.values[self.slots]
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A tensor [b, g, n, d] kept as it is among packed ones."""
+
+    data: torch.Tensor
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.untyped_storage().nbytes()
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Nothing in place of [b, g, n, d]: keys that another layer's stand in for. They read as zero."""
+
+    like: torch.Tensor  # [b, g, 0, d]
+    n: int
+    nbytes: int = 0
+
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
+        b, g, _, d = self.like.shape
+        return self.like.new_zeros((), dtype=dtype).expand(b, g, self.n, d)
+
+
+Part = Packed | Plain | Absent
+
+
 @dataclass
 class Cold:
-    """Tokens kept in few bits: two packed tensors over the same slots."""
+    """Tokens kept apart from the others, in few bits or without keys."""
 
-    keys: Packed
-    values: Packed
+    keys: Part
+    values: Part
 
     @property
     def n(self) -> int:
@@ -114,6 +148,10 @@ class Cold:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [b, g, n, d]."""
+        return self.keys.dequantise(dtype), self.values.dequantise(dtype)
 
 
 class KVLayer(CacheLayerMixin):
@@ -316,7 +354,7 @@ class KVLayer(CacheLayerMixin):
         """All keys and values [b, g, n, d] in slot order; a view where one buffer holds them all."""
         if self.flat is None and not self.cold:
             return self.dense[0].view, self.dense[1].view
-        parts = [(c.keys.dequantise(self.dtype), c.values.dequantise(self.dtype)) for c in self.cold]
+        parts = [c.read(self.dtype) for c in self.cold]
         if self.flat is not None:
             parts.append(self.flat.padded())
         parts.append((self.dense[0].view, self.dense[1].view))
@@ -381,7 +419,7 @@ class KVLayer(CacheLayerMixin):
         Args:
             slot: [b, g, k] slots to keep, none of them packed.
             there: [b, g, k] False = padding of a head that keeps fewer; None = every head keeps k.
-            cold: (slots [b, g, c], padding or None, bits) of tokens to pack.
+            cold: (slots [b, g, c], padding or None, bits) of tokens to pack; 0 bits = values alone, as they are.
         """
         if self.masked:
             held = torch.zeros(*slot.shape[:2], self.n, dtype=torch.int8, device=self.device)
@@ -395,9 +433,13 @@ class KVLayer(CacheLayerMixin):
         hot_keys, hot_values = _hot(self)
         packed = []
         for where, real, bits in cold:
-            keys, values = compact_kv(hot_keys, hot_values, where - old)
-            packed.append(Cold(*quantise_kv(keys, values, bits=bits, valid=real)))
-        keys, values = compact_kv(hot_keys, hot_values, slot - old)
+            keys, values = compact_kv(hot_keys, hot_values, (where - old).clamp_min(0))
+            if bits:
+                packed.append(Cold(*quantise_kv(keys, values, bits=bits, valid=real)))
+            else:
+                packed.append(Cold(Absent(keys[:, :, :0].clone(), keys.shape[2]), Plain(values)))
+        # padding may point anywhere, a packed slot too
+        keys, values = compact_kv(hot_keys, hot_values, (slot - old).clamp_min(0))
         first = torch.arange(old, device=self.device).expand(*slot.shape[:2], -1)
         order = torch.cat([first, *(where for where, _, _ in cold), slot], 2)
         parts = [torch.ones_like(first, dtype=torch.bool), *(_mask(where, real) for where, real, _ in cold)]
@@ -462,10 +504,7 @@ def _hot(layer: KVLayer) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([keys, layer.dense[0].view], 2), torch.cat([values, layer.dense[1].view], 2)
 
 
-def _some(packed: Packed, index: torch.Tensor) -> Packed:
+def _some(part: Part, index: torch.Tensor) -> Part:
     """A packed tensor for some samples."""
-    parts = {}
-    for name in ("data", "low", "step", "scale"):
-        part = getattr(packed, name)
-        parts[name] = None if part is None else part.index_select(0, index)
-    return replace(packed, **parts)
+    held = {name: getattr(part, name, None) for name in ("data", "low", "step", "scale", "like")}
+    return replace(part, **{name: x.index_select(0, index) for name, x in held.items() if x is not None})

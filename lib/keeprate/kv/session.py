@@ -418,12 +418,8 @@ def _worst(
 
 def others(kept: select.Kept, cache: KVLayer, bits: int) -> tuple[torch.Tensor, torch.Tensor | None, int]:
     """The slots that are neither kept nor packed already, as `KVLayer.keep` takes them."""
-    b, g, _ = kept.index.shape
-    free = torch.ones(b, g, cache.n, dtype=torch.bool, device=kept.index.device) if cache.valid is None else cache.valid
-    real = torch.ones_like(kept.index, dtype=torch.bool) if kept.valid is None else kept.valid
-    taken = torch.zeros(b, g, cache.n, dtype=torch.int8, device=free.device)
-    taken.scatter_add_(2, kept.index, real.to(torch.int8))
-    free = free & (taken == 0)
+    free = ~kept.mask(cache.n)
+    free = free if cache.valid is None else free & cache.valid
     free[:, :, : cache.n_cold] = False
     left = select.ragged_heads(free)
     return left.index, left.valid, whole("bits", bits)
@@ -439,7 +435,7 @@ def _attend_flat(flat: Flat, cache: KVLayer, view: AttentionView) -> torch.Tenso
     parts = [ragged_attention(view.q, flat.keys, flat.values, flat.offsets, scaling=view.scaling, return_lse=True)]
     first = 0
     for part in cache.cold:
-        keys, values = part.keys.dequantise(cache.dtype), part.values.dequantise(cache.dtype)
+        keys, values = part.read(cache.dtype)
         valid = None if cache.valid is None else cache.valid[:, :, first : first + part.n]
         parts.append(_attend_dense(view, keys, values, valid))
         first += part.n
