@@ -16,7 +16,7 @@ comma := ,
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test lab train expected lint strip lock clean
+.PHONY: run test lab bench train expected lint strip lock clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -31,6 +31,11 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# Time every kernel against what it replaces, on a GPU where there is one; let nothing else run meanwhile (minutes).
+#   make bench ARGS='--ops token_stats --note "a training run on one core"'
+bench: $(READY)
+	$(BIN)/python -m keeprate_kernels.bench $(ARGS)
 
 # Rebuild the embedded models. Hours, not minutes; the repository carries the result.
 train: $(READY)

@@ -1,10 +1,9 @@
 """Cost: floating-point operations, wall clock against the dense model, peak memory."""
 
 import copy
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from keeprate.anatomy import anatomy
 from keeprate.check import whole
 from keeprate.measure.interval import Interval
 from keeprate.method import Method
+from keeprate_kernels.bench.clock import peak_memory as peak_memory  # part of this module: what a benchmark needs too
+from keeprate_kernels.bench.clock import profiled, race
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
 SELECT = "keeprate.select"  # label of the method's decisions in a profile
@@ -104,71 +105,6 @@ def flops_estimate(model: nn.Module, counts: torch.Tensor, where: str = "middle"
         elif isinstance(module, nn.Linear) and module not in inside:
             total += 2 * module.weight.numel() * len(counts)
     return int(total)
-
-
-def race(
-    calls: Sequence[Callable[[], Any]],
-    device: str | torch.device = "cpu",
-    repeats: int = 10,
-    seconds_budget: float = 10.0,
-    warmup: int = 1,
-    kernels: bool = False,
-) -> np.ndarray:
-    """Time several calls in turns, so that all of them see the same machine; compare them round by round.
-
-    Args:
-        calls: Functions without arguments.
-        device: Where they work; a GPU is waited for.
-        repeats: Rounds at most.
-        seconds_budget: No new round is begun after this time; three are always measured (fewer if repeats is lower).
-        warmup: Untimed rounds before.
-        kernels: On a GPU, its own time between events instead of the wall clock: every call finds the cache cold and
-            the GPU busy until it is queued, so that starting it costs nothing. Nothing changes on a CPU.
-
-    Returns:
-        [rounds, calls] milliseconds.
-
-    Raises:
-        ValueError: If repeats is below 1.
-
-    Example:
-        >>> race((lambda: x @ x, lambda: x + x))   # doctest: +SKIP
-    """
-    whole("repeats", repeats)
-    device = torch.device(device)
-    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
-    # several times the largest cache of a GPU
-    filler = torch.empty(2**28, dtype=torch.int16, device=device) if kernels and device.type == "cuda" else None
-
-    def wall(call: Callable[[], Any]) -> Callable[[], float]:
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        took = (time.perf_counter() - start) * 1e3
-        return lambda: took
-
-    def events(call: Callable[[], Any]) -> Callable[[], float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        filler.zero_()
-        start.record()
-        call()
-        end.record()
-        return lambda: start.elapsed_time(end)
-
-    timed = wall if filler is None else events
-    for _ in range(warmup):
-        for call in calls:
-            call()
-    synchronise()
-    rounds, begin = [], time.perf_counter()
-    while len(rounds) < repeats and (len(rounds) < 3 or time.perf_counter() - begin < seconds_budget):
-        # the order turns in every round, so that drift of the clock rate favours none
-        order = range(len(calls)) if len(rounds) % 2 == 0 else range(len(calls) - 1, -1, -1)
-        taken = {i: timed(calls[i]) for i in order}
-        synchronise()
-        rounds.append([taken[i]() for i in range(len(calls))])
-    return np.array(rounds)
 
 
 @dataclass(frozen=True)
@@ -280,7 +216,7 @@ def operations(model: nn.Module, inputs: Inputs, method: Method, top: int = 5) -
             return reduce(*args)
 
     _forward(model, inputs, method)
-    with _profiled(profile_memory=False) as record:
+    with profiled(profile_memory=False) as record:
         _forward(model, inputs, _observed(method, marked))
     inside: dict[str, list[float]] = {}
     stack = [event for event in record.events() if event.name == SELECT]
@@ -294,34 +230,6 @@ def operations(model: nn.Module, inputs: Inputs, method: Method, top: int = 5) -
     )
     table.insert(2, "share", table["ms"] / table["ms"].sum())
     return table.sort_values("ms", ascending=False, ignore_index=True).head(top)
-
-
-def peak_memory(function: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """Most bytes of tensors that a call held at once, beyond what existed before.
-
-    Args:
-        function: Called once, without arguments.
-        device: Whose memory; on "cpu" torch's allocations are followed by its profiler.
-
-    Returns:
-        Bytes.
-
-    Example:
-        >>> peak_memory(lambda: torch.ones(1000) + 1)
-        8000
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _profiled(profile_memory=True) as record:
-        function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(max(0, held.max(initial=0)))
 
 
 def _keywords(inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -339,29 +247,3 @@ def _observed(method: Method, around: Callable) -> Method:
     clone = copy.copy(method)
     object.__setattr__(clone, "reduce", lambda *args: around(method.reduce, *args))  # the dataclass is frozen
     return clone
-
-
-@contextmanager
-def _profiled(profile_memory: bool) -> Iterator[profile]:
-    """A CPU profile, without the lines that torch 2.13 prints at its start and stop."""
-    record = profile(activities=[ProfilerActivity.CPU], profile_memory=profile_memory)
-    with _mute():
-        record.start()
-    try:
-        yield record
-    finally:
-        with _mute():
-            record.stop()
-
-
-@contextmanager
-def _mute() -> Iterator[None]:
-    """Standard error of the whole process, C++ included, goes nowhere."""
-    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(held, 2)
-        os.close(held)
-        os.close(nowhere)
