@@ -1,33 +1,25 @@
-"""What the training scripts share: a curriculum, a loop that resumes, a folder published whole or not at all."""
+"""What the scripts that train image classifiers share: windows of the grid, rendered batches, card and processor."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
-import os
-import platform
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keeprate.tasks import digits
+from keeprate.train import loop
+from keeprate.train.loop import sha256
 
+__all__ = ["Forward", "Recipe", "Stage", "Trainer", "accuracy", "main", "publish", "random_drop", "sha256", "window"]
 KEEP, BEFORE_LAYER = 0.3, 4  # the card's random baseline: this share of patches goes on from this layer (from 1)
 
 
@@ -76,31 +68,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run, besides the architecture.
-
-    Attributes:
-        stages: the curriculum.
-        seed: of weights and images.
-        lr: peak learning rate of AdamW.
-        warmup: steps of linear warm-up.
-        decay: share of all steps, at the end, over which the rate falls to zero along a cosine.
-        weight_decay: of weight matrices.
-        ema: decay of the average of the weights that is published.
-    """
-
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    lr: float = 1.5e-3
-    warmup: int = 200
-    decay: float = 0.25
-    weight_decay: float = 0.05
-    ema: float = 0.995
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+class Recipe(loop.Recipe):
+    """Everything that decides a training run, besides the architecture; see ``loop.Recipe``."""
 
     def at(self, step: int) -> tuple[Stage, float, float]:
         """Stage, clutter and learning rate of a step.
@@ -111,16 +80,14 @@ class Recipe:
         Returns:
             The stage, the brightness of its photographs at this step, the learning rate.
         """
-        begin = 0
-        for stage in self.stages:
-            if step < begin + stage.steps:
-                break
-            begin += stage.steps
+        stage, behind = self.stage(step)
         low, high = stage.clutter
-        clutter = low + (high - low) * (step - begin) / stage.steps
-        remaining = (self.steps - step) / (self.decay * self.steps)
-        lr = self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, remaining)))
-        return stage, clutter, lr
+        return stage, low + (high - low) * behind, self.rate(step)
+
+    def setting(self, step: int) -> tuple[Any, ...]:
+        """All of the recipe that a step depends on; see ``loop.Recipe``."""
+        stage, clutter, lr = self.at(step)
+        return stage.side, stage.batch, stage.depth, clutter, lr
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -178,8 +145,8 @@ def batches(recipe: Recipe, start: int, ahead: int = 4) -> Iterator[tuple[Tensor
                 waiting.append(pool.submit(make, step + ahead))
 
 
-class Trainer:
-    """A training run whose whole state can be saved and restored.
+class Trainer(loop.Trainer):
+    """A training run on rendered images.
 
     Args:
         model: classifier, trained in place.
@@ -189,116 +156,32 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, forward: Forward, recipe: Recipe, device: str = "cpu") -> None:
-        self.model, self.forward, self.recipe, self.device = model.to(device).train(), forward, recipe, device
-        self.named = dict(self.model.named_parameters())
-        self.average = {name: weight.detach().clone() for name, weight in self.named.items()}
-        matrices = [weight for weight in self.named.values() if weight.ndim == 2]
-        others = [weight for weight in self.named.values() if weight.ndim != 2]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-        self.step, self.seconds = 0, 0.0
+        super().__init__(model, recipe, device, bf16=device == "cuda")
+        self.forward = forward
 
-    def update(self, pixels: Tensor, place: Tensor, labels: Tensor) -> tuple[float, float]:
-        """One optimiser step.
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See the function ``batches``."""
+        return batches(self.recipe, start)
+
+    def loss(self, pixels: Tensor, place: Tensor, labels: Tensor) -> tuple[Tensor, tuple[float]]:
+        """Cross-entropy, and for the log the accuracy on the batch.
 
         Args:
             pixels: uint8 [b, 3, h, w].
             place: [b, n], see ``window``.
             labels: [b].
-
-        Returns:
-            Loss and accuracy on the batch, before the step.
         """
-        begin = time.perf_counter()
-        pixels, place, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, place, labels))
-        stage, _, lr = self.recipe.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+        stage, _ = self.recipe.stage(self.step)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             logits = self.forward(self.model, normalised(pixels), place, stage.depth)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        pace = 1 - min(self.recipe.ema, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(list(self.average.values()), [w.detach() for w in self.named.values()], pace)
-        self.step += 1
-        result = loss.item(), (logits.argmax(-1) == labels).float().mean().item()
-        self.seconds += time.perf_counter() - begin
-        return result
+        right = (logits.argmax(-1) == labels).float().mean().item()
+        return F.cross_entropy(logits.float(), labels), (right,)
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights on the CPU, ready for ``load_state_dict``."""
-        return {name: weight.cpu() for name, weight in self.average.items()}
-
-    def save(self, path: Path) -> None:
-        """Write weights, averages, optimiser state and step to one safetensors file, atomically."""
-        state = {f"weight/{name}": weight.detach() for name, weight in self.named.items()}
-        state |= {f"average/{name}": weight for name, weight in self.average.items()}
-        for name, weight in self.named.items():
-            state |= {f"{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
-        state = {key: value.cpu().contiguous() for key, value in state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file(state, part, {"step": str(self.step), "seconds": str(self.seconds), "recipe": repr(self.recipe)})
-        os.replace(part, path)
-
-    def restore(self, path: Path) -> None:
-        """Take up the state that ``save`` wrote.
-
-        Raises:
-            ValueError: the file was written under another recipe.
-        """
-        with safe_open(path, "pt") as file, torch.no_grad():
-            about = file.metadata()
-            if about["recipe"] != repr(self.recipe):
-                raise ValueError(f"{path} belongs to {about['recipe']}, not {self.recipe}; delete it to start anew")
-            self.step, self.seconds = int(about["step"]), float(about["seconds"])
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                kind, name = key.split("/", 1)
-                value = file.get_tensor(key)
-                if kind == "weight":
-                    self.named[name].copy_(value)
-                elif kind == "average":
-                    self.average[name].copy_(value)
-                else:
-                    self.optimizer.state[self.named[name]][kind] = value.to("cpu" if kind == "step" else self.device)
-
-    def run(self, checkpoint: Path, every_seconds: float = 60.0, until: int | None = None) -> None:
-        """Train to the end, or to a step, and write the state from time to time.
-
-        Args:
-            checkpoint: file of the state; training resumes from it if it exists.
-            every_seconds: time between two writes.
-            until: step to stop before, default the last.
-        """
-        if checkpoint.exists():
-            self.restore(checkpoint)
-            print(f"resumed at step {self.step}", flush=True)
-        until = self.recipe.steps if until is None else until
-        saved, shown = time.monotonic(), []
-        for batch in batches(self.recipe, self.step):
-            if self.step >= until:
-                break
-            shown.append(self.update(*batch))
-            if self.step % 50 == 0:
-                stage, clutter, lr = self.recipe.at(self.step - 1)
-                loss, accuracy = np.mean(shown, axis=0)
-                shown.clear()
-                print(
-                    f"{datetime.now():%H:%M:%S} step {self.step}/{self.recipe.steps} side {stage.side} "
-                    f"clutter {clutter:.2f} lr {lr:.1e} loss {loss:.3f} accuracy {accuracy:.3f} "
-                    f"minutes {self.seconds / 60:.1f}",
-                    flush=True,
-                )
-            if time.monotonic() - saved > every_seconds:
-                self.save(checkpoint)
-                saved = time.monotonic()
-        self.save(checkpoint)
+    def describe(self, numbers: Sequence[float]) -> str:
+        """A line of the log."""
+        stage, clutter, _ = self.recipe.at(self.step - 1)
+        loss, accuracy = numbers
+        return f"side {stage.side} clutter {clutter:.2f} loss {loss:.3f} accuracy {accuracy:.3f}"
 
 
 @torch.no_grad()
@@ -319,11 +202,8 @@ def accuracy(
     """
     drawn = digits.render(np.random.default_rng(seed), n, split)
     parts = zip(drawn.pixels.split(batch), drawn.labels.split(batch), strict=True)
-    p = sum((logits(normalised(pixels)).argmax(-1).cpu() == labels).sum().item() for pixels, labels in parts) / n
-    z = 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"value": round(p, 4), "n": n, "interval95": [round(middle - half, 4), round(middle + half, 4)]}
+    right = sum((logits(normalised(pixels)).argmax(-1).cpu() == labels).sum().item() for pixels, labels in parts)
+    return loop.proportion(right, n)
 
 
 def random_drop(model: nn.Module, forward: Forward, seed: int = 0) -> Callable[[Tensor], Tensor]:
@@ -342,11 +222,6 @@ def random_drop(model: nn.Module, forward: Forward, seed: int = 0) -> Callable[[
         return forward(model, pixels, torch.arange(n).expand(len(pixels), n), keep=(BEFORE_LAYER - 1, kept))
 
     return logits
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 DATA = {
@@ -384,44 +259,11 @@ def publish(model: nn.Module, out: Path, recipe: Recipe, trainer: Trainer, facts
     Returns:
         The card.
     """
-    import transformers
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        new.chmod(0o755)
-        model.save_pretrained(new)
-        (new / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
-        card = facts | {
-            "seed": recipe.seed,
-            "recipe": asdict(recipe),
-            "steps": trainer.step,
-            "minutes": round(trainer.seconds / 60, 1),
-            "device": f"{trainer.device}, {torch.get_num_threads()} threads, {platform.machine()}",
-            "versions": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "params": sum(weight.numel() for weight in model.parameters()),
-            "sha256": {file.name: sha256(file) for file in sorted(new.iterdir())},
-        }
-        text = json.dumps(card, indent=2)
-        (new / "card.json").write_text(text + "\n")
-        for file in new.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.replace(out, old / "old")
-            os.replace(new, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, out)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    return json.loads(text)
+    def processor(folder: Path) -> None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
+
+    return loop.publish(model, out, recipe, trainer, facts, processor)
 
 
 def main(name: str, recipe: Recipe, build: Callable[[], nn.Module], forward: Forward, notes: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class Recipe:
         remaining = (self.steps - step) / (self.decay * self.steps)
         return self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, remaining)))
 
+    def setting(self, step: int) -> tuple[Any, ...]:
+        """All of the recipe that a step depends on.
+
+        Args:
+            step: 0 .. steps - 1.
+        """
+        return replace(self.stage(step)[0], steps=0), self.rate(step)
+
 
 class Trainer:
     """A training run whose whole state can be saved and restored; a subclass says what is learned from what.
@@ -96,7 +104,6 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
-        self.history: list[dict[str, Any]] = []
 
     def batches(self, start: int) -> Iterable[Sequence[Tensor]]:
         """Training batches from a step on; a step's batch depends on seed and step alone."""
@@ -156,32 +163,24 @@ class Trainer:
             "seconds": str(self.seconds),
             "recipe": repr(self.recipe),
             "recipe_json": json.dumps(asdict(self.recipe)),
-            "history": json.dumps(self.history),
         }
         save_file(state, part, about)
         os.replace(part, path)
 
-    def restore(self, path: Path, adopt: bool = False) -> None:
-        """Take up the state that ``save`` wrote.
+    def restore(self, path: Path) -> None:
+        """Take up the state that ``save`` wrote. The recipe may have changed, but only in what lies ahead.
 
         Args:
             path: the file.
-            adopt: take over weights, averages and optimiser state of a run under another recipe, and begin this one;
-                what went before is noted in ``history``.
 
         Raises:
-            ValueError: the file was written under another recipe, and is not to be adopted.
+            ValueError: the file was written under a recipe that treats a step differently which lies behind.
         """
         with safe_open(path, "pt") as file, torch.no_grad():
             about = file.metadata()
             self.step, self.seconds = int(about["step"]), float(about["seconds"])
-            self.history = json.loads(about.get("history", "[]"))
-            if about["recipe"] != repr(self.recipe):
-                if not adopt:
-                    raise ValueError(f"{path} belongs to {about['recipe']}, not {self.recipe}; delete it to start anew")
-                before = {"steps": self.step, "seconds": round(self.seconds)}
-                self.history.append(before | {"recipe": json.loads(about["recipe_json"])})
-                self.step = 0
+            if about["recipe"] != repr(self.recipe) and not self._same_past(json.loads(about["recipe_json"])):
+                raise ValueError(f"{path} belongs to {about['recipe']}, not {self.recipe}; delete it to start anew")
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, name = key.split("/", 1)
                 value = file.get_tensor(key)
@@ -192,17 +191,29 @@ class Trainer:
                 else:
                     self.optimizer.state[self.named[name]][kind] = value.to("cpu" if kind == "step" else self.device)
 
-    def run(self, checkpoint: Path, every_seconds: float = 60.0, until: int | None = None, adopt: bool = False) -> None:
+    def _same_past(self, stored: dict[str, Any]) -> bool:
+        """Whether a stored recipe and this one treat every step before ``self.step`` alike."""
+        kind = type(self.recipe.stages[0])
+        stages = tuple(
+            kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in stage.items()})
+            for stage in stored["stages"]
+        )
+        old = replace(self.recipe, **stored | {"stages": stages})
+        fixed = ("seed", "weight_decay", "ema")
+        return all(getattr(old, name) == getattr(self.recipe, name) for name in fixed) and all(
+            old.setting(step) == self.recipe.setting(step) for step in range(self.step)
+        )
+
+    def run(self, checkpoint: Path, every_seconds: float = 60.0, until: int | None = None) -> None:
         """Train to the end, or to a step, and write the state from time to time.
 
         Args:
             checkpoint: file of the state; training resumes from it if it exists.
             every_seconds: time between two writes.
             until: step to stop before, default the last.
-            adopt: see ``restore``.
         """
         if checkpoint.exists():
-            self.restore(checkpoint, adopt)
+            self.restore(checkpoint)
             print(f"resumed at step {self.step}", flush=True)
         until = self.recipe.steps if until is None else until
         saved, shown = time.monotonic(), []
