@@ -1,8 +1,9 @@
 """Measure: accuracy with intervals, cost (FLOPs, time, memory), and whether a score finds the tokens that matter."""
 
+from keeprate.measure import kv
 from keeprate.measure.accuracy import Evaluation, evaluate
 from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, race, speed
-from keeprate.measure.interval import Interval, bootstrap, paired_difference
+from keeprate.measure.interval import Interval, bootstrap, paired_difference, wilson
 from keeprate.measure.truth import Localisation, auroc, localisation, recall, recall_at_budget
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "flops",
     "flops_estimate",
+    "kv",
     "localisation",
     "operations",
     "paired_difference",
@@ -23,4 +25,5 @@ __all__ = [
     "recall",
     "recall_at_budget",
     "speed",
+    "wilson",
 ]

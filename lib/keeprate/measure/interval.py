@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -102,3 +103,33 @@ def paired_difference(
     if a.shape != b.shape:
         raise ValueError(f"pairs need two sets of one shape; got {a.shape} and {b.shape}")
     return bootstrap(a - b, confidence=confidence, n=n, seed=seed)
+
+
+def wilson(right: np.ndarray | torch.Tensor | Sequence[bool], confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share. Unlike the bootstrap it has a width when every observation is the same.
+
+    Args:
+        right: [samples] boolean.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The share of True with its interval.
+
+    Raises:
+        ValueError: On no observations, others than booleans, or a confidence outside (0, 1).
+
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+
+    Example:
+        >>> wilson([True, True, True, True])
+        1 [0.5101, 1] (n=4)
+    """
+    right = np.asarray(right.cpu() if isinstance(right, torch.Tensor) else right)
+    if right.size == 0 or right.dtype != bool:
+        raise ValueError(f"right must hold at least one boolean; got {right.size} of {right.dtype}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1); got {confidence!r}")
+    n, p, z = right.size, float(right.mean()), NormalDist().inv_cdf((1 + confidence) / 2)
+    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return Interval(p, max(0.0, low), min(1.0, high), n)
