@@ -222,7 +222,6 @@ DECODERS = {
     "Qwen2Model": "qwen2",
     "Qwen3Model": "qwen3",
     "GemmaModel": "gemma",
-    "Gemma2Model": "gemma2",
     "Gemma3TextModel": "gemma3",
 }
 

@@ -17,7 +17,19 @@ from transformers import (
     Dinov2ForImageClassification,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipVisionConfig,
@@ -60,6 +72,38 @@ CHECKPOINTS = {
     "siglip": ("siglip", SiglipForImageClassification, lambda: _clip(SiglipConfig, SiglipVisionConfig)),
 }
 
+VOCABULARY, LAYERS = 97, 3
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# Gemma 3 mixes sliding windows with full attention: only the full layers have a cache to shorten
+_MIXED = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 24}
+
+# language models: checkpoint -> (architecture, class, configuration)
+DECODERS = {
+    "llama": ("llama", LlamaForCausalLM, lambda: LlamaConfig(**_TEXT)),
+    "llama-8-heads": (
+        "llama",
+        LlamaForCausalLM,
+        lambda: LlamaConfig(**{**_TEXT, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}),
+    ),
+    "mistral": ("mistral", MistralForCausalLM, lambda: MistralConfig(**_TEXT, sliding_window=None)),
+    "qwen2": ("qwen2", Qwen2ForCausalLM, lambda: Qwen2Config(**_TEXT)),
+    "qwen3": ("qwen3", Qwen3ForCausalLM, lambda: Qwen3Config(**_TEXT)),
+    "gemma": ("gemma", GemmaForCausalLM, lambda: GemmaConfig(**{**_TEXT, "num_key_value_heads": 1})),
+    "gemma3": ("gemma3", Gemma3ForCausalLM, lambda: Gemma3TextConfig(**_TEXT, **_MIXED, query_pre_attn_scalar=16)),
+}
+
 
 def widen(model: torch.nn.Module, seed: int) -> None:
     """Draw every parameter anew, wide enough for peaked attention."""
@@ -82,7 +126,7 @@ def widen(model: torch.nn.Module, seed: int) -> None:
 
 def save(name: str, folder: Path) -> Path:
     """Build a checkpoint and save it under `folder`; returns its path."""
-    _, cls, config = CHECKPOINTS[name]
+    _, cls, config = (CHECKPOINTS | DECODERS)[name]
     torch.manual_seed(0)
     model: PreTrainedModel = cls(config())
     with torch.no_grad():
@@ -97,3 +141,10 @@ def pixels(batch: int, seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> t
     coarse = torch.randn(batch, 3, 5, 5, generator=g)
     smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
     return smooth + 0.3 * torch.randn(batch, 3, *size, generator=g)
+
+
+def tokens(batch: int, n: int, seed: int = 0) -> torch.Tensor:
+    """[batch, n] random ids, none of them padding, with a beginning-of-sequence token first."""
+    ids = torch.randint(2, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = 1
+    return ids

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .checkpoints import CHECKPOINTS, save
+from .checkpoints import CHECKPOINTS, DECODERS, save
 
 
 class Zoo:
@@ -20,13 +20,13 @@ class Zoo:
     def __call__(self, name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
         key = (name, dtype, attention)
         if key not in self.models:
-            cls = CHECKPOINTS[name][1]
+            cls = (CHECKPOINTS | DECODERS)[name][1]
             self.models[key] = cls.from_pretrained(self.path(name), dtype=dtype, attn_implementation=attention).eval()
         return self.models[key]
 
     def exact(self, name: str):
         """An fp32 model whose weights are exact in bf16, so that both precisions compute the same function."""
-        model = CHECKPOINTS[name][1].from_pretrained(self.path(name), attn_implementation="sdpa").eval()
+        model = (CHECKPOINTS | DECODERS)[name][1].from_pretrained(self.path(name), attn_implementation="sdpa").eval()
         return model.bfloat16().float()
 
 

@@ -338,6 +338,11 @@ class ReadMethod(KVMethod):
             there = step.valid.gather(2, kept.index)
             valid = there if valid is None else valid & there
         trace.note_read(step, kept.index.numel() * per_token, kept)
+        if step.cache.masked:
+            hidden = ~select.Kept(kept.index, valid).mask(step.n)
+            hidden = hidden.repeat_interleave(view.q.shape[1] // step.groups, 1)[:, :, None]
+            weight = step.logits(1).masked_fill(hidden, float("-inf")).softmax(-1)
+            return (weight @ view.v.float().repeat_interleave(hidden.shape[1] // step.groups, 1)).to(view.q.dtype)
         return selected_attention(view.q, view.k, view.v, kept.index, scaling=view.scaling, valid=valid)
 
     def reads(self, step: Step, *tensors: torch.Tensor) -> None:
