@@ -61,7 +61,7 @@ def _attention_received(h, g, n, d, dtype, causal, compiles) -> Race:
         calls = {
             SDPA: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True),
             ALL: lambda: received(q, k, scaling=scaling, causal=causal),
-            KNOWN: lambda: received(q, k, scaling=scaling, causal=causal, log_sum_exp=lse),
+            KNOWN: lambda: received(q, k, scaling=scaling, causal=causal, lse=lse),
             WINDOW: lambda: received(last, k, scaling=scaling, causal=causal),
             SUMMED: lambda: naive.softmax_then_sum(q, k, causal),
             f"{SUMMED} (window)": lambda: naive.softmax_then_sum(last, k, causal),
@@ -200,7 +200,6 @@ def quantise_kv(gpu: bool, quick: bool) -> Iterator[Race]:
         def build(device, bits=bits):
             k, v = draw(device, dtype, (1, g, n, d), (1, g, n, d))
             packed = kernels.quantise_kv(k, v, bits)
-            plain = compiled(naive.round_to_byte)
             calls = {
                 "quantise": lambda: kernels.quantise_kv(k, v, bits),
                 "dequantise": lambda: (packed[0].dequantise(), packed[1].dequantise()),
@@ -208,6 +207,7 @@ def quantise_kv(gpu: bool, quick: bool) -> Iterator[Race]:
                 "plain rounding": lambda: (naive.round_to_byte(k, 2), naive.round_to_byte(v, 3)),
             }
             if bits == 8 and not quick:
+                plain = compiled(naive.round_to_byte)
                 calls["compiled plain rounding"] = lambda: (plain(k, 2), plain(v, 3))
             return calls
 
