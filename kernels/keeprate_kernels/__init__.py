@@ -2,6 +2,7 @@
 
 from keeprate_kernels.attention_received import attention_received, attention_rows
 from keeprate_kernels.bipartite_match import bipartite_match
+from keeprate_kernels.farthest_point import farthest_point
 from keeprate_kernels.quantise_kv import Packed, dequantise, quantise, quantise_kv, quantise_mixed
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "attention_rows",
     "bipartite_match",
     "dequantise",
+    "farthest_point",
     "quantise",
     "quantise_kv",
     "quantise_mixed",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from keeprate import score
 from keeprate.check import choice, whole
 from keeprate_kernels import bipartite_match
+from keeprate_kernels import farthest_point as greedy
 
 LINKAGES = ("single", "complete", "average")
 
@@ -391,18 +392,8 @@ def farthest_point(x: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         [b, k] sorted positions.
     """
-    b, n, _ = x.shape
-    _check_count(k, n)
-    x = x.float()
-    current = (x - x.mean(1, keepdim=True)).square().sum(-1).argmin(1, keepdim=True)
-    chosen = [current]
-    gap = torch.full((b, n), float("inf"), device=x.device)
-    for _ in range(k - 1):
-        centre = x.gather(1, current[..., None].expand(-1, -1, x.shape[2]))
-        gap = torch.minimum(gap, (x - centre).square().sum(-1)).scatter(1, current, -1.0)
-        current = gap.argmax(1, keepdim=True)
-        chosen.append(current)
-    return torch.cat(chosen, 1).sort(1).values
+    _check_count(k, x.shape[1])
+    return greedy(x, k, metric="euclidean", start="mean")[0].sort(1).values
 
 
 def agglomerative(gap: torch.Tensor, k: int, linkage: str = "average") -> torch.Tensor:
