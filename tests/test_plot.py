@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import keeprate as kr
-from keeprate import plot
+from keeprate import kv, plot
 from keeprate.models import Loaded
 from keeprate.plot import widget
 
@@ -43,14 +43,17 @@ class Images:
 
 @pytest.fixture
 def table():
-    names = [*plot.look.ORDER, "Random", "Radial"]
+    names = [*plot.look.ORDER["vit"], "Random", "Radial"]
     rows = [(n, k, 0.9 + 0.001 * i * k) for i, n in enumerate(names) for k in (0.25, 0.5, 0.9)]
     df = pd.DataFrame(rows, columns=["method", "keep", "accuracy"])
     return df.assign(low=df["accuracy"] - 0.01, high=df["accuracy"] + 0.02)
 
 
-def test_every_method_has_a_look_of_its_own():
-    names = kr.methods("vit")["name"]
+@pytest.mark.parametrize("family", plot.look.ORDER)
+def test_every_method_has_a_look_of_its_own(family):
+    assert {"vit": kr.vit, "kv": kv}.get(family), "a family that this test knows"
+    names = kr.methods(family)["name"]
+    assert not set(names) - {*plot.look.ORDER[family], *plot.look.BASELINES}, "a place in plot.look.ORDER is missing"
     looks = {(plot.colour(n), plot.dashes(n)) for n in names}
     assert len(looks) == len(names)
     assert len({(plot.colour(n), plot.marker(n)) for n in names}) == len(names)
@@ -185,3 +188,66 @@ def test_same_figure_same_file(table, tmp_path):
         figure.savefig(tmp_path / f"{name}.svg", metadata={"Date": None})
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     matplotlib.rcdefaults()
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+WORDS = ["The", " code", " of", " kiwi", " is", " 4", "7", "1", ".", "\n", "<b>"]
+SHARES = np.linspace(0, 1, len(WORDS))
+TRUTH = np.arange(len(WORDS)) % 4 == 3
+
+
+def test_token_text_shades_every_character_and_outlines_the_answer():
+    width = 12  # cuts words in two
+    ax = plot.token_text(WORDS, SHARES, TRUTH, "kept", width=width)
+    plain, outlined = ax.collections
+    boxes = [path.get_extents() for part in (plain, outlined) for path in part.get_paths()]
+    assert sum(box.width * box.height for box in boxes) == pytest.approx(len("".join(WORDS)))
+    assert all(box.x0 >= 0 and box.x1 <= width for box in boxes)
+    cells = sorted((round(box.y0), round(box.x0)) for box in boxes)
+    assert len(set(cells)) == len(cells)
+    assert sum(p.get_extents().width for p in outlined.get_paths()) == sum(len(w) for w, t in zip(WORDS, TRUTH) if t)  # noqa: B905
+    assert plain.get_facecolor()[:, 3].min() == 0 and outlined.get_facecolor()[:, 3].max() > 0.5
+    written = "".join(t.get_text() for t in ax.texts)
+    assert "↵" in written and written.replace(" ", "") == "".join(WORDS).replace(" ", "").replace("\n", "↵")
+    assert ax.get_title(loc="left") == "kept"
+
+
+def test_token_text_takes_numbers_that_fit():
+    with pytest.raises(ValueError, match=r"11 tokens, shares \(3,\)"):
+        plot.token_text(WORDS, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\[0, 1\]; got 0 to 2"):
+        plot.token_html(WORDS, SHARES * 2)
+    with pytest.raises(ValueError, match="nothing to show"):
+        plot.token_strips({})
+    with pytest.raises(ValueError, match="nothing to show"):
+        plot.token_texts(WORDS, {})
+
+
+def test_token_html_is_escaped_and_tells_the_share():
+    page = plot.token_html(WORDS, torch.tensor(SHARES), torch.tensor(TRUTH), "a < b")
+    assert page.count("<span") == len(WORDS) and page.count("outline") == TRUTH.sum()
+    assert "&lt;b&gt;" in page and "<b>a &lt; b</b>" in page and "token 10: kept by 100%" in page and "↵<br>" in page
+
+
+def test_token_strips_and_texts_have_a_row_per_method():
+    shares = {"SnapKV": SHARES, "H2O": 1 - SHARES}
+    ax = plot.token_strips(shares, TRUTH)
+    np.testing.assert_allclose(ax.images[0].get_array(), [SHARES, 1 - SHARES])
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(shares)
+    assert ax.lines[0].get_xdata().tolist() == np.flatnonzero(TRUTH).tolist()
+    figure = plot.token_texts(WORDS, shares, TRUTH, width=20)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == list(shares)
+    figure.canvas.draw()
+    top, bottom = (ax.get_window_extent() for ax in figure.axes)
+    assert top.y0 >= bottom.y1, "one below the other"
+
+
+def test_pieces_are_the_text():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert plot.pieces(tokenizer, torch.tensor([0, 1, 0])) == ["a", "b", "a"] == plot.pieces(tokenizer, [0, 1, 0])

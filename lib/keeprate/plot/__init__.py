@@ -3,6 +3,7 @@
 from keeprate.plot.charts import bars, curve, matrix
 from keeprate.plot.images import clusters, heat, overlay, overlays, pictures
 from keeprate.plot.look import colour, dashes, marker, style
+from keeprate.plot.text import pieces, token_html, token_strips, token_text, token_texts
 from keeprate.plot.widget import explore
 
 __all__ = [
@@ -18,5 +19,10 @@ __all__ = [
     "overlay",
     "overlays",
     "pictures",
+    "pieces",
     "style",
+    "token_html",
+    "token_strips",
+    "token_text",
+    "token_texts",
 ]

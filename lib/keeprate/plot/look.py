@@ -13,13 +13,27 @@ BANDS = 6  # more lines than this show their intervals as bars, since bands woul
 # seaborn's "colorblind" without its grey (kept for baselines), light pink and yellow (too pale on white)
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
-BASELINES = {"Random": ("x", (0, (4, 1.5))), "Radial": ("+", (0, (1, 1))), "dense": ("", "--")}
-# fixed places in COLOURS, seven at a time; the first seven are solid, the next dashed
-ORDER = (
-    *("TopK", "EViT", "ToMe", "ATC", "PiToMe", "ZeroTPrune", "DPCKNN"),
-    *("ATS", "BAT", "MSTM", "TokenPooling", "KMedoids"),
-)
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+BASELINES = {
+    "Random": ("x", (0, (4, 1.5))),
+    "Radial": ("+", (0, (1, 1))),
+    "RandomKV": ("x", (0, (4, 1.5))),
+    "OracleKV": ("*", (0, (1, 1))),
+    "dense": ("", "--"),
+}
+# fixed places in COLOURS within each family, seven at a time; the first seven are solid, the next dashed
+ORDER = {
+    "vit": (
+        *("TopK", "EViT", "ToMe", "ATC", "PiToMe", "ZeroTPrune", "DPCKNN"),
+        *("ATS", "BAT", "MSTM", "TokenPooling", "KMedoids"),
+    ),
+    "kv": (
+        *("SnapKV", "H2O", "ExpectedAttention", "KeyDiff", "AdaKV", "StreamingLLM", "TOVA"),
+        *("PyramidKV", "VATP", "CAOTE", "KNorm", "KVCompose", "RCStat", "SepLLM"),
+        *("Quest", "Scissorhands", "TidalDecode", "A2SF", "TokenSelect", "ZipCache", "FASA"),
+        *("ActQKV", "PoD"),
+    ),
+}
 RC = {
     "figure.figsize": SIZE,
     "figure.dpi": 110,
@@ -54,9 +68,10 @@ def style() -> None:
 
 
 def place(name: str) -> int:
-    """Number of a method in ORDER; one that is not in it gets a place by its name."""
+    """Number of a method in its family's ORDER; one that is in none gets a place by its name."""
     name = name.split("(")[0]
-    return ORDER.index(name) if name in ORDER else zlib.crc32(name.encode()) % (len(COLOURS) * len(DASHES))
+    known = next((names for names in ORDER.values() if name in names), ())
+    return known.index(name) if known else zlib.crc32(name.encode()) % (len(COLOURS) * len(DASHES))
 
 
 def colour(name: str) -> str:
