@@ -7,7 +7,7 @@
 import importlib
 from typing import Any
 
-from keeprate import attention, reduce, score, select, vit
+from keeprate import attention, kv, reduce, score, select, vit
 from keeprate.anatomy import anatomy
 from keeprate.attention import listen
 from keeprate.budget import Budget
@@ -31,6 +31,7 @@ __all__ = [
     "Trace",
     "anatomy",
     "attention",
+    "kv",
     "ledger",
     "listen",
     "load",
