@@ -3,16 +3,21 @@
 from keeprate_kernels.attention_received import attention_received, attention_rows
 from keeprate_kernels.bipartite_match import bipartite_match
 from keeprate_kernels.farthest_point import farthest_point
+from keeprate_kernels.kept_rows_ce import kept_rows_ce
 from keeprate_kernels.quantise_kv import Packed, dequantise, quantise, quantise_kv, quantise_mixed
+from keeprate_kernels.token_stats import TokenStats, token_stats
 
 __all__ = [
     "Packed",
+    "TokenStats",
     "attention_received",
     "attention_rows",
     "bipartite_match",
     "dequantise",
     "farthest_point",
+    "kept_rows_ce",
     "quantise",
     "quantise_kv",
     "quantise_mixed",
+    "token_stats",
 ]
