@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keeprate_kernels import attention_received, attention_rows
+from keeprate_kernels import attention_lse, attention_received, attention_rows
+from keeprate_kernels.runtime import backend
 
-SIZES = (1, 31, 65, 257)
+from .checks import DTYPES, SIZES, needs_triton, three_way
+from .checks import rand as rand_device
 
 
 def rand(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return rand_device(seed, *shape).cpu()  # the reference is tested on a CPU, wherever the tests run
 
 
 def truth(q, k, scaling, mask=None, causal=False, dtype=torch.float64) -> torch.Tensor:
@@ -22,9 +24,30 @@ def truth(q, k, scaling, mask=None, causal=False, dtype=torch.float64) -> torch.
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(dtype)
     if causal:
         n_q, n_k = logits.shape[-2:]
-        seen = torch.arange(n_k) <= torch.arange(n_q)[:, None] + n_k - n_q
+        seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
         logits = logits.masked_fill(~seen, float("-inf"))
     return logits.softmax(-1).nan_to_num(0.0)
+
+
+def seeing(shape, mask=None, causal=False) -> torch.Tensor:
+    """Which row may see which key, written out: boolean of `shape` [b, h, n_q, n_k]."""
+    n_q, n_k = shape[-2:]
+    seen = torch.ones(shape, dtype=torch.bool, device=None if mask is None else mask.device)
+    seen = seen.tril(n_k - n_q) if causal else seen
+    return seen if mask is None else seen & (mask if mask.dtype == torch.bool else mask > -1e30)
+
+
+def statistic(probs, weight, reduce, group, g, seen) -> torch.Tensor:
+    """The definition: probs [b, h, n_q, n_k] -> [b, h or g, n_k]."""
+    weight = torch.ones(probs.shape[2]) if weight is None else weight
+    weight = weight.to(probs).expand(probs.shape[:3])[..., None]
+    found = (probs * weight).amax(2) if reduce == "max" else (probs * weight).sum(2)
+    if reduce == "mean":
+        found = (found / (weight * seen.to(probs)).sum(2)).nan_to_num(0.0)
+    if group is None:
+        return found
+    found = found.unflatten(1, (g, -1))
+    return {"mean": found.mean, "sum": found.sum, "max": found.amax}[group](2)
 
 
 def close(found, want):
@@ -74,6 +97,43 @@ def test_any_shape_mask_and_chunk(seed, b, heads, n_q, extra, chunk, causal, kin
     close(attention_received(q, k, **options), probs.sum(2))
     close(attention_received(q, k, weight, **options), (probs * weight.double()[..., None]).sum(2))
     close(attention_received(q, k, weight, reduce="max", **options), (probs * weight.double()[..., None]).amax(2))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+@pytest.mark.parametrize("group", [None, "mean", "sum", "max"])
+@pytest.mark.parametrize("kind", ["none", "key", "rows", "least"])
+def test_means_and_groups(kind, group, reduce):
+    """Left-padded rows and keys; "least" hides by the most negative number, as transformers' eager masks do."""
+    q, k, weight = 3 * rand(0, 2, 8, 33, 4), rand(1, 2, 2, 70, 4), rand(2, 2, 8, 33).abs()
+    keys = torch.arange(70) >= torch.tensor([0, 20])[:, None, None, None]
+    rows = keys & (torch.rand(2, 1, 33, 70, generator=torch.Generator().manual_seed(3)) < 0.6)
+    mask = {"none": None, "key": keys, "rows": rows, "least": torch.zeros(rows.shape).masked_fill(~rows, -3.4028e38)}
+    for causal in (False, True):
+        options = {"scaling": 0.5, "mask": mask[kind], "causal": causal}
+        seen, probs = seeing((2, 8, 33, 70), mask[kind], causal), truth(q, k, **options)
+        for w in (None, weight):
+            found = attention_received(q, k, w, reduce=reduce, group=group, **options)
+            close(found, statistic(probs, w, reduce, group, 2, seen))
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_a_known_lse_is_enough_for_some_of_the_keys(kind):
+    q, k = 3 * rand(0, 2, 4, 65, 8), rand(1, 2, 2, 65, 8)
+    hide = torch.rand(2, 1, 65, 65, generator=torch.Generator().manual_seed(2)) < 0.3
+    hide[:, :, 7] = True  # a row that sees nothing
+    mask = {"none": None, "bool": ~hide, "additive": rand(3, *hide.shape).masked_fill(hide, float("-inf"))}[kind]
+    lse, probs = attention_lse(q, k, scaling=0.35, mask=mask), truth(q, k, 0.35, mask)
+    part = None if mask is None else mask[..., 20:40]
+    close(attention_received(q, k[:, :, 20:40], scaling=0.35, mask=part, lse=lse), probs[..., 20:40].sum(2))
+    maxima = attention_received(q, k[:, :, 20:40], scaling=0.35, mask=part, lse=lse, reduce="max")
+    close(maxima, probs[..., 20:40].amax(2))
+
+
+def test_a_nan_among_the_inputs_is_not_hidden():
+    q, k = rand(0, 1, 2, 9, 4), rand(1, 1, 2, 9, 4)
+    q[0, 1, 3] = float("nan")
+    found = attention_received(q, k, scaling=0.5, causal=True)
+    assert found[0, 0].isfinite().all() and found[0, 1, :4].isnan().all()
 
 
 def test_without_weight_the_columns_sum_to_the_number_of_rows():
@@ -140,7 +200,11 @@ def test_rows_equal_the_full_matrix(kind):
         ((2, 4, 9, 8), (2, 4, 9, 6), {}, r"head dim.*\(2, 4, 9, 6\)"),
         ((2, 4, 9, 8), (2, 3, 9, 8), {}, r"multiple of key heads.*\(2, 3, 9, 8\)"),
         ((2, 4, 9, 8), (2, 4, 9, 8), {"mask": torch.zeros(2, 1, 9, 7)}, r"mask must be.* 9\]; got \(2, 1, 9, 7\)"),
-        ((2, 4, 9, 8), (2, 4, 9, 8), {"reduce": "mean"}, r"'sum' or 'max'; got 'mean'"),
+        ((2, 4, 9, 8), (2, 4, 9, 8), {"mask": torch.zeros(2, 3, 9, 9)}, r"mask must be.*4\|1.*got \(2, 3, 9, 9\)"),
+        ((2, 4, 9, 8), (2, 4, 9, 8), {"reduce": "median"}, r"reduce.*'sum', 'mean', 'max'; got 'median'"),
+        ((2, 4, 9, 8), (2, 4, 9, 8), {"group": "min"}, r"group.*None, 'mean', 'sum', 'max'; got 'min'"),
+        ((2, 4, 9, 8), (2, 4, 9, 8), {"lse": torch.zeros(2, 9)}, r"lse must be.*\[2, 4, 9\]; got \(2, 9\)"),
+        ((2, 4, 9, 8), (2, 4, 9, 8), {"weight": torch.zeros(3, 9)}, r"weight.*\[2, 4, 9\]; got \(3, 9\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(q, k, options, message):
@@ -168,3 +232,64 @@ def test_memory_grows_linearly():
         sizes[n] = Largest.elements
     assert sizes[1024] == 4 * sizes[256] and sizes[4096] == 16 * sizes[256]
     assert sizes[4096] < 4096 * 4096 / 16
+
+
+# (n_q, n_k), query heads a key head, causal, reduce, group, mask, weighted, known lse
+KERNEL_CASES = [
+    ((1, 1), 1, False, "sum", None, "none", False, False),
+    ((1, 257), 8, True, "sum", "mean", "none", False, False),
+    ((31, 31), 4, True, "max", "max", "none", True, False),
+    ((31, 31), 1, False, "mean", None, "key", True, False),
+    ((65, 65), 4, True, "sum", None, "none", True, True),
+    ((65, 65), 8, False, "sum", "sum", "rows", False, False),
+    ((64, 257), 4, True, "mean", "mean", "key", True, True),
+    ((65, 31), 4, True, "mean", None, "none", False, False),
+    ((257, 257), 4, True, "sum", "mean", "rows", True, False),
+    ((257, 257), 8, False, "max", None, "additive", False, True),
+    ((31, 65), 4, False, "sum", None, "key additive", False, False),
+    ((65, 65), 4, True, "sum", "max", "nothing", False, False),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_kernel_is_no_worse_than_twice_torchs_own_error(case, dtype, device):
+    (n_q, n_k), rep, causal, reduce, group, kind, weighted, known = case
+    g, d = 8 // rep, 20  # a head dim that is no power of two
+    q = rand_device(n_q, 1, n_q, 8, d, dtype=dtype).transpose(1, 2)  # strided, as a transformers layer hands it over
+    k = rand_device(n_k, 1, g, n_k, 2 * d, dtype=dtype)[..., ::2]
+    hide = (rand_device(2, 1, 1, n_q, n_k) < -0.5).index_fill(2, torch.tensor([0], device=device), True)
+    keys = rand_device(3, 1, 1, 1, n_k, dtype=dtype)
+    mask = {
+        "none": None,
+        "rows": ~hide,
+        "nothing": torch.zeros_like(hide),
+        "key": ~hide[:, :, -1:],
+        "key additive": keys.masked_fill(keys > 1, torch.finfo(dtype).min),
+        "additive": rand_device(4, 1, 8, n_q, n_k, dtype=dtype).masked_fill(hide, float("-inf")),
+    }[kind]
+    weight = rand_device(5, 1, 8, n_q).abs() if weighted else None
+    seen = seeing((1, 8, n_q, n_k), mask, causal).to(device) if reduce == "mean" else None
+    exact, low = (
+        statistic(truth(q, k, 0.3, mask, causal, t), weight, reduce, group, g, seen) for t in (torch.float64, dtype)
+    )
+    with backend("triton"):
+        lse = attention_lse(q, k, scaling=0.3, mask=mask, causal=causal) if known else None
+        found = attention_received(
+            q, k, weight, scaling=0.3, mask=mask, causal=causal, reduce=reduce, group=group, lse=lse
+        )
+    assert found.dtype == torch.float32
+    three_way(found, low, exact)
+
+
+@needs_triton
+def test_kernel_equals_the_reference_to_fp32_rounding_and_repeats_bit_by_bit(device):
+    q, k = 3 * rand_device(0, 2, 4, 257, 16), rand_device(1, 2, 2, 257, 16)
+    options = {"scaling": 0.25, "causal": True, "group": "mean"}
+    with backend("reference"):
+        want = attention_received(q, k, **options)
+    with backend("triton"):
+        found, again = (attention_received(q, k, **options) for _ in range(2))
+    assert torch.equal(found, again)
+    torch.testing.assert_close(found, want, atol=5e-6, rtol=5e-6)

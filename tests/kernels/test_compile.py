@@ -17,7 +17,7 @@ from .checks import needs_triton
 # Compute capability: shared memory one program may have, in bytes (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability).
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-OPS = sorted(m.name for m in pkgutil.iter_modules(keeprate_kernels.__path__) if m.name != "runtime")
+OPS = sorted(m.name for m in pkgutil.iter_modules(keeprate_kernels.__path__) if not (m.ispkg or m.name == "runtime"))
 # Runs without TRITON_INTERPRET, which this process may have set for good.
 SCRIPT = """
 import importlib, json, sys
