@@ -7,8 +7,8 @@ With P[q, k] = exp(L[q, k] - lse[q]), L[q, k] = scaling * Q[q] . K[k] + mask[q, 
     received[k] = max_q w[q] P[q, k]                        (reduce="max")
 
 Given lse (a fused attention kernel returns it, `attention_lse` computes it) one pass over Q K^T is left. A program of
-the Triton kernel owns a block of keys and walks over the queries that can see it. Nothing is written twice: there are no
-atomics, and every run gives the same bits. The reference walks over tiles of query rows.
+the Triton kernel owns a block of keys and walks over the queries that can see it: nothing is written twice, there are
+no atomics, and every run gives the same bits. The reference walks over tiles of query rows.
 """
 
 import torch
