@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from keeprate import kv, measure
+from keeprate.attention import AttentionView
 from keeprate.kv import future_attention
 from keeprate.measure import kv as M
 from keeprate.tasks.recall import Recall
@@ -83,6 +84,23 @@ def test_resuming_is_what_the_model_does(model, drawn, method):
         torch.testing.assert_close(now.logits, first)
         for a, b in zip(short, long, strict=True):
             assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_column_sums_are_computed_once_and_only_for_the_same_question(model, drawn, monkeypatch):
+    view = M.prefill(model, drawn.context).views[1]
+    plain = AttentionView(view.q, view.k, view.v, view.mask, view.scaling, view.causal)
+    calls, real = [], AttentionView.received
+    monkeypatch.setattr(AttentionView, "received", lambda self, *a: (calls.append(1), real(self, *a))[1])
+    weight = torch.rand(N)
+    for ask in ((None, "sum"), (weight, "sum"), (1 - weight, "sum"), (None, "max")):
+        for asked in (view, M.replace(view, k=view.k.clone())):
+            asked.received(*ask).zero_()  # what one method does to it, another does not see
+            torch.testing.assert_close(asked.received(*ask), real(plain, *ask))
+    assert len(calls) == 4
+    torch.testing.assert_close(view.tail(5).received(), real(plain.tail(5)))
+    few = torch.arange(10)[None].expand(6, -1)
+    torch.testing.assert_close(view.take(few).received(), real(plain.take(few)))
 
 
 @torch.no_grad()

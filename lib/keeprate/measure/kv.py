@@ -12,7 +12,7 @@ and the question comes after the compression.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,27 @@ Scores = list[torch.Tensor]  # per treated layer [b, g, n], higher = matters mor
 # --- one reading of the prompt for all methods ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Recorded(AttentionView):
+    """A layer's view that computes column sums once for all methods that ask for the same ones.
+
+    Attributes:
+        memory: Sums by weights and reduction; "of" holds the queries and the mask they belong to.
+    """
+
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def received(self, weight: torch.Tensor | None = None, reduce: str = "sum") -> torch.Tensor:
+        of = self.memory.setdefault("of", (self.q, self.mask, self.k.shape))
+        # a copy of this view may see other queries, or fewer keys
+        if self.q is not of[0] or self.mask is not of[1] or self.k.shape != of[2]:
+            return super().received(weight, reduce)
+        key = reduce, None if weight is None else (weight.shape, weight.detach().cpu().numpy().tobytes())
+        if key not in self.memory:
+            self.memory[key] = super().received(weight, reduce)
+        return self.memory[key].clone()  # methods write into what they carry
+
+
 class _Record(Listener):
     """Keeps what every attention layer saw."""
 
@@ -51,7 +72,7 @@ class _Record(Listener):
         self.views: dict[nn.Module, AttentionView] = {}
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
-        self.views[module] = view
+        self.views[module] = _Recorded(**{f.name: getattr(view, f.name) for f in fields(AttentionView)})
 
 
 @dataclass

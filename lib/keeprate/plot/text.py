@@ -168,7 +168,7 @@ def token_strips(shares: Mapping[str, Any], truth: Any = None, title: str = "", 
     ax.set(xlabel="token of the prompt", title=title)
     ax.grid(False)
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.03, pad=0.01)
-    bar.set_label("share of heads that keep it", fontsize=7)
+    bar.set_label("share of heads", fontsize=7)
     return ax
 
 
