@@ -115,7 +115,7 @@ def test_kernels_write_the_same_bits_as_the_reference(n, d, bits, scheme):
 
 
 @needs_triton
-@pytest.mark.parametrize("group_size", [1, 16, 65, 100])
+@pytest.mark.parametrize("group_size", [1, 20, 64, 100])
 def test_kernels_in_groups_of_tokens(group_size):
     x = rand(0, 1, 1, 65, 12) if group_size > 1 else rand(0, 1, 1, 5, 12)
     with backend("reference"):
@@ -370,3 +370,9 @@ def test_bad_arguments_say_what_is_allowed():
 def test_a_part_that_is_a_view_is_counted_in_full():
     packed = quantise(rand(0, 1, 1, 64, 8), 8)
     assert replace(packed, data=packed.data[:, :, :2]).nbytes == packed.nbytes
+
+
+def test_a_step_below_fp32s_smallest_does_not_wrap_around():
+    x = torch.tensor([0.0, 380 * 2.0**-149]).view(1, 1, 2, 1)  # 380 / 255 rounds to 1 times 2^-149
+    packed = quantise(x, 8)
+    assert packed.step.item() == 2.0**-149 and packed.data.flatten().tolist() == [0, 255]
