@@ -85,15 +85,9 @@ class Budget:
         Raises:
             ValueError: If the budget depends on scores, or the schedule has no entry for the stage.
         """
-        if self.ragged:
-            raise ValueError(f"{self} has no count before scores are known; this use needs keep, tokens or a schedule")
-        if self.tokens is not None:
-            return self.tokens
+        entry = self._entry(stage)
         if self.keep is not None:
             return max(1, int(total * self.keep**stage + 1e-9))
-        if stage > len(self.schedule):
-            raise ValueError(f"the schedule has {len(self.schedule)} entries but reduction {stage} was asked for")
-        entry = self.schedule[stage - 1]
         return entry if isinstance(entry, int) else max(1, int(total * entry + 1e-9))
 
     def each(self, lengths: torch.Tensor, stage: int = 1) -> torch.Tensor:
@@ -101,15 +95,24 @@ class Budget:
 
         Unlike `count`, a keep rate does not compound: it is a share of the length at every stage.
         """
-        if self.ragged:
-            raise ValueError(f"{self} has no count before scores are known; this use needs keep, tokens or a schedule")
-        entry = self.keep if self.keep is not None else self.tokens
-        if self.schedule is not None:
-            if stage > len(self.schedule):
-                raise ValueError(f"the schedule has {len(self.schedule)} entries but reduction {stage} was asked for")
-            entry = self.schedule[stage - 1]
+        entry = self._entry(stage)
         counts = (lengths * entry + 1e-6).long() if isinstance(entry, float) else torch.full_like(lengths, entry)
         return torch.minimum(counts.clamp_min(1), lengths)
+
+    def of_length(self, length: int, stage: int = 1) -> int:
+        """`each` for one length."""
+        entry = self._entry(stage)
+        return min(max(1, int(length * entry + 1e-6) if isinstance(entry, float) else entry), length)
+
+    def _entry(self, stage: int) -> float | int:
+        """Keep rate or number of tokens of one stage."""
+        if self.ragged:
+            raise ValueError(f"{self} has no count before scores are known; this use needs keep, tokens or a schedule")
+        if self.schedule is None:
+            return self.tokens if self.keep is None else self.keep
+        if stage > len(self.schedule):
+            raise ValueError(f"the schedule has {len(self.schedule)} entries but reduction {stage} was asked for")
+        return self.schedule[stage - 1]
 
     def counts(self, scores: torch.Tensor, stage: int = 1, total: int | None = None) -> torch.Tensor:
         """Tokens to keep for every row of scores.

@@ -103,7 +103,10 @@ class Step:
 
     def sinks(self, count: int) -> torch.Tensor:
         """[b, g, n] whether a token is one of the first `count`."""
-        return (self.rank >= 0) & (self.rank < count)
+        if self.valid is None:  # no padding, so every sample begins with the first arrival
+            return self.index < count
+        rank = self.rank
+        return (rank >= 0) & (rank < count)
 
     def recent(self, count: int) -> torch.Tensor:
         """[b, g, n] whether a token is one of the last `count`."""

@@ -15,7 +15,7 @@ from keeprate import select
 from keeprate.anatomy import Decoder
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.check import whole
-from keeprate.kv.base import EvictMethod, KVMethod, Step
+from keeprate.kv.base import EvictMethod, KVMethod, Modifier, Step
 from keeprate.kv.cache import Flat, KVLayer
 from keeprate.kv.rope import rotate, unrotate
 from keeprate_kernels import merge_attention, ragged_attention, selected_attention
@@ -100,6 +100,19 @@ class KVSession(Listener):
     def __init__(self, method: KVMethod, body: Decoder, seed: int, masked: bool, turns: str):
         self.method, self.body, self.masked, self.turns = method, body, masked, turns
         self.number = {body.attention[i]: place for place, i in enumerate(body.treated)}
+        self.evicts = isinstance(method, EvictMethod)
+        inner = method
+        while isinstance(inner, Modifier):
+            inner = inner.base
+        folds = type(inner).fold is not KVMethod.fold
+        self.attends = type(method).attend is not KVMethod.attend
+        self.idle = self.evicts and method.when == "prefill" and not folds  # nothing to do at a decode step
+        own = {getattr(type(method), name) for name in ("due", "counts", "target")}
+        own |= {getattr(type(inner), name) for name in ("due", "counts", "target")}
+        plain = {getattr(cls, name) for name in ("due", "counts", "target") for cls in (EvictMethod, Modifier)}
+        # at a decode step every head holds its plain budget, and one more token
+        self.steady = self.evicts and method.when == "decode" and own <= plain and method.rest == "drop"
+        self.steady = self.steady and not masked and not method.budget.ragged
         self.generator = torch.Generator().manual_seed(seed)
         self.trace = KVTrace(repr(method), body.treated)
         self.common: dict[str, Any] = {}
@@ -109,19 +122,9 @@ class KVSession(Listener):
         self.waiting: list[tuple[Step, torch.Tensor, torch.Tensor]] = []
 
     @property
-    def evicts(self) -> bool:
-        return isinstance(self.method, EvictMethod)
-
-    @property
     def reads_flat(self) -> bool:
         """Whether decode steps may attend to per-head storage as it lies, without padding it out."""
-        return (
-            self.evicts
-            and self.method.when == "prefill"
-            and not self.method.re_position
-            and type(self.method).fold is KVMethod.fold
-            and not torch.is_grad_enabled()
-        )
+        return self.idle and not self.method.re_position and not torch.is_grad_enabled()
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[KVTrace]:
@@ -254,7 +257,7 @@ class KVSession(Listener):
                 layer.probing = False
         for i in range(len(layers)):
             step, _, due = self.waiting[i]
-            self.waiting[i] = (step, self.method.score(step), due)
+            self.waiting[i] = (step, self._scores(step), due)
 
     # --- inside a layer -----------------------------------------------------------------------------------------------
 
@@ -265,24 +268,10 @@ class KVSession(Listener):
         cache = self._layer(module)
         if cache.probing:
             return view
-        m = view.q.shape[2]
         if view.position_ids is None:
             raise ValueError(f"{type(module).__name__} does not hand position_ids to its attention function")
         cache.note_positions(view.position_ids)
-        self.real = None
-        if view.mask is not None and m > 1:
-            # the last row sees every token that is not padding
-            seen = _visible(view.mask)[:, 0, -1, -m:].expand(len(view.q), m)
-            cache.mark_padding(seen)
-            self.real = None if bool(seen.all()) else seen
-        if self.real is None:
-            new, begin = torch.full((len(view.q),), m, device=view.q.device), None
-        else:
-            new, begin = self.real.sum(1), self.real.to(torch.uint8).argmax(1)
-        if "start" not in cache.extra:
-            cache.extra["start"] = torch.zeros_like(new) if begin is None else begin
-            cache.extra["lengths"] = torch.zeros_like(new)
-        cache.extra["lengths"] = cache.extra["lengths"] + new
+        self._count(cache, view)
         if view.k.shape[2] < cache.n:  # flat storage: `attend` reads it, the kernel gets nothing to do
             return view
         if cache.touched:
@@ -290,6 +279,24 @@ class KVSession(Listener):
             if self.evicts and self.method.re_position:
                 view = self._re_position(module, cache, view)
         return view
+
+    def _count(self, cache: KVLayer, view: AttentionView) -> None:
+        """Find out which of the new tokens are real, how many there are now and where each sample begins."""
+        m, first = view.q.shape[2], "lengths" not in self.common
+        if first:
+            self.real = None
+            if view.mask is not None and m > 1:
+                # the last row sees every token that is not padding
+                seen = _visible(view.mask)[:, 0, -1, -m:].expand(len(view.q), m)
+                self.real = None if bool(seen.all()) else seen
+            new = torch.full((len(view.q),), m, device=view.q.device) if self.real is None else self.real.sum(1)
+            self.common["lengths"] = new + cache.extra.get("lengths", 0)
+        if self.real is not None:
+            cache.mark_padding(self.real)
+        if "start" not in cache.extra:
+            begin = torch.zeros_like(self.common["lengths"])
+            cache.extra["start"] = begin if self.real is None else self.real.to(torch.uint8).argmax(1)
+        cache.extra["lengths"] = self.common["lengths"]
 
     def _mask(self, cache: KVLayer, view: AttentionView) -> torch.Tensor | None:
         """Which slots every query may see: [b, 1|h, m, n] boolean or additive, None = all."""
@@ -342,38 +349,62 @@ class KVSession(Listener):
             return None
         if view.k.shape[2] < cache.n:
             return _attend_flat(cache.flat, cache, view)
-        return self.method.attend(self._step(module, view))
+        return self.method.attend(self._step(module, view)) if self.attends else None
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
         cache = self._layer(module)
         if cache.probing:
             self.method.observe(self._step(module, view))
             return
-        if view.k.shape[2] < cache.n:
+        again = self.first or (self.turns == "each" and view.q.shape[2] > 1)
+        if view.k.shape[2] < cache.n or (self.idle and not again):
             return
         step = self._step(module, view)
         self.method.fold(step)
-        if not self.evicts:
+        if not self.evicts or (self.steady and self._replace_one(step)):
             return
         due = self.method.due(step)
-        if self.turns == "each" and self.method.when == "prefill" and step.m > 1:
+        if again and self.method.when == "prefill" and not self.first:
             due = torch.ones_like(due)
         if not bool(due.any()):
             return
         if self.method.across_layers or (self.first and self.method.replays):
-            scores = torch.empty(0) if self.method.replays and self.first else self.method.score(step)
+            scores = torch.empty(0) if self.method.replays and self.first else self._scores(step)
             self.waiting.append((step, scores, due))
         else:
-            scores = self.method.score(step)
+            scores = self._scores(step)
             self._compress(step, scores, self.method.counts(step, scores), due)
+
+    def _replace_one(self, step: Step) -> bool:
+        """The common decode step, in as few operations as it takes: every head is one token over its budget, or none.
+
+        Returns:
+            Whether that was all there is to do.
+        """
+        cache = step.cache
+        if step.m > 1 or cache.valid is not None or cache.cold:
+            return False
+        over = step.n - self.method.budget.of_length(cache.seen, step.layer + 1)
+        if over != 1:
+            return over <= 0
+        worst = _worst(self._scores(step), cache.index, self.method.protect(step))
+        if worst is None:
+            return False
+        cache.drop(worst)
+        return True
+
+    def _scores(self, step: Step) -> torch.Tensor:
+        """The method's scores, checked."""
+        scores, shape = self.method.score(step), (len(step.view.k), step.groups, step.n)
+        if scores.shape != shape or scores.dtype != torch.float32:
+            raise ValueError(
+                f"{self.method.name} must give scores {shape} in float32, for ties decide otherwise; got "
+                f"{tuple(scores.shape)} in {scores.dtype}"
+            )
+        return scores
 
     def _compress(self, step: Step, scores: torch.Tensor, counts: torch.Tensor, due: torch.Tensor) -> None:
         cache, method = step.cache, self.method
-        shape = (len(step.view.k), step.groups, step.n)
-        if scores.shape != shape:
-            raise ValueError(f"{method.name} must give scores {shape}; got {tuple(scores.shape)}")
-        if scores.dtype != torch.float32:
-            raise ValueError(f"{method.name} must give scores in float32, ties decide otherwise; got {scores.dtype}")
         held = cache.hot_counts
         counts = torch.where(due[:, None], torch.minimum(counts, held), held)
         if bool((counts == held).all()):
@@ -385,7 +416,7 @@ class KVSession(Listener):
         index, valid, protect = cache.index[..., cold:], cache.valid, method.protect(step)
         scores = scores[..., cold:]
         valid = None if valid is None else valid[..., cold:]
-        protect = None if protect is None else protect.expand(shape)[..., cold:]
+        protect = None if protect is None else protect.expand(-1, -1, step.n)[..., cold:]
         if method.rest == "drop" and not self.masked and bool((held - counts == 1).all()):
             worst = _worst(scores, index, protect, valid)
             if worst is not None:
@@ -403,11 +434,9 @@ class KVSession(Listener):
 
 
 def _worst(
-    scores: torch.Tensor, index: torch.Tensor, protect: torch.Tensor | None, valid: torch.Tensor | None
+    scores: torch.Tensor, index: torch.Tensor, protect: torch.Tensor | None, valid: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """Slot [b, g] of the least score, of equal ones the latest token's; None where all of a head are protected."""
-    if bool(scores.isnan().any()):
-        raise ValueError("scores hold NaN")
+    """Slot [b, g] of the least score, of equal ones the latest token's; None if a head has none or holds NaN."""
     free = scores if protect is None else scores.masked_fill(protect, float("inf"))
     free = free if valid is None else free.masked_fill(~valid, float("inf"))
     low = free.amin(-1, keepdim=True)
