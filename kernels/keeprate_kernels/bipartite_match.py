@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from keeprate_kernels.runtime import HAS_TRITON, INTERPRETED, CompileSpec, tl, triton, use_triton
 
-WHOLE = 1 << 16  # similarities up to which the reference holds the matrix; beyond, torch.max takes longer than the dots
+WHOLE = 1 << 18  # similarities up to which the reference holds the matrix; beyond, torch.max takes longer than the dots
 CHUNK = 1 << 19  # similarities the reference holds at once otherwise: 2 MiB, which stays in a core's cache
 GROUP = 64  # destinations whose maximum is taken before their position: amax is vectorised, max with indices is not
 TINY = 1e-12  # least norm, as torch.nn.functional.normalize has it: a zero vector is similar to nothing

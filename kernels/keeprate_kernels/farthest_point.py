@@ -282,14 +282,14 @@ def _prepare(
     b, n = len(x), x.shape[2 if metric in MATRICES else 1]
     there = torch.ones(b, n, dtype=torch.bool, device=x.device) if valid is None else valid
     weight = None if weight is None else weight.float()
-    x = x.float()
-    matrix = x if metric in MATRICES else None
     if metric not in MATRICES and valid is not None:
         x = x.masked_fill(~valid[..., None], 0)  # padding may hold anything, NaN too
+    raw, x = x, x.float()
+    matrix = x if metric in MATRICES else None
     if metric == "cosine":
         x = F.normalize(x, dim=-1, eps=TINY)
         if objective == "coverage" or (b * n * n <= HELD and (x.is_cuda or k * FEW > n)):
-            matrix = x @ x.mT
+            matrix = _cosines(raw, x)
     p = _Problem(
         objective, metric, tau, x, matrix, weight, torch.where(there, OPEN, PADDING).to(torch.int8),
         torch.zeros(b, n, device=x.device), torch.empty(b, k, dtype=torch.int64, device=x.device),
@@ -318,6 +318,15 @@ def _prepare(
         if objective == "max_min":
             p.gain[:, 0] = float("inf")  # nothing yet to be far from
     return p
+
+
+def _cosines(raw: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """All cosines [b, n, n] in fp32 of features [b, n, c], as given and normalised."""
+    if not raw.is_cuda or raw.dtype not in (torch.float16, torch.bfloat16):
+        return unit @ unit.mT
+    # tensor cores multiply 16-bit numbers exactly and add in fp32: normalised afterwards, nothing is rounded
+    scale = torch.linalg.vector_norm(raw, dim=-1, dtype=torch.float32).clamp_min(TINY).reciprocal()
+    return torch.bmm(raw, raw.mT, out_dtype=torch.float32).mul_(scale[:, :, None]).mul_(scale[:, None])
 
 
 def _first(
