@@ -146,8 +146,9 @@ class Trainer:
         return result
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights on the CPU, ready for ``load_state_dict``."""
-        return {name: weight.cpu() for name, weight in self.average.items()}
+        """The averaged weights on the CPU, ready for ``load_state_dict``; tied ones under each of their names."""
+        known = {id(weight): self.average[name].cpu() for name, weight in self.named.items()}
+        return {name: known[id(w)] for name, w in self.model.named_parameters(remove_duplicate=False)}
 
     def save(self, path: Path) -> None:
         """Write weights, averages, optimiser state and step to one safetensors file, atomically."""
