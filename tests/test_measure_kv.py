@@ -333,7 +333,21 @@ def test_study_columns(model, drawn):
     assert mean.loc["oracle", "correlation_leave_one_out"] > 0.5 > abs(mean.loc["random", "correlation_leave_one_out"])
 
 
+def test_study_takes_samples_of_several_lengths(model, drawn):
+    short = M.replace(drawn, context=drawn.context[:, 8:], truth=drawn.truth[:, 8:])
+    methods = {"full": None, "knorm": kv.KNorm(keep=0.25)}
+    both = M.study(model, [drawn, short], methods, batch=4, progress=False)
+    alone = [M.study(model, one, methods, batch=6, progress=False) for one in (drawn, short)]
+    alone[1]["sample"] += 6
+    for name in methods:
+        parts = [table[table["method"] == name].reset_index(drop=True) for table in (both, pd.concat(alone))]
+        assert parts[0]["sample"].tolist() == list(range(12))
+        np.testing.assert_allclose(*(part[["nll", "tokens", "found", "kl"]] for part in parts), rtol=1e-4, atol=1e-6)
+
+
 def test_study_refuses(model, drawn):
+    with pytest.raises(ValueError, match="no samples"):
+        M.study(model, [], {"full": None})
     with pytest.raises(ValueError, match="'asked'"):
         M.study(model, drawn, {"full": None}, "asked")
     with pytest.raises(ValueError, match="'SnapKV'"):

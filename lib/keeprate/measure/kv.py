@@ -572,7 +572,7 @@ def _check_methods(methods: Methods) -> None:
 @torch.no_grad()
 def study(
     model: nn.Module,
-    drawn: Recall,
+    drawn: Recall | Sequence[Recall],
     methods: Methods,
     question: str = "unknown",
     batch: int = 16,
@@ -588,7 +588,7 @@ def study(
 
     Args:
         model: A causal language model of transformers.
-        drawn: Samples of `tasks.recall`.
+        drawn: Samples of `tasks.recall`, or what `tasks.questions` gives.
         methods: By the name they get in the table; None = the full cache. An `OracleKV` is given the future.
         question: "known" or "unknown" while the cache is compressed.
         batch: Samples a pass.
@@ -615,14 +615,13 @@ def study(
     choice("question", question, QUESTIONS)
     _check_methods(methods)
     asked = list(dict.fromkeys([*truth, *(["oracle"] if any(map(_needs_future, methods.values())) else [])]))
-    starts, tables = range(0, len(drawn), whole("batch", batch)), []
-    bar = {} if progress else {"disable": True}
-    for first in tqdm(starts, desc=f"question {question}", leave=False, **bar):
-        part = _rows(drawn, slice(first, first + batch))
+    bar, tables = {} if progress else {"disable": True}, []
+    first = 0
+    for part in tqdm(_batches(drawn, batch), desc=f"question {question}", leave=False, **bar):
         cached, future = split(part, question)
         begin = prefill(model, cached)
         future = future.to(begin.ids.device)
-        goal = truths(begin, future, min(part.answer.shape[1], future.shape[1] - 1), asked)
+        goal = truths(begin, future, max(1, min(part.answer.shape[1], future.shape[1] - 1)), asked)
         whole_cache = _continue(begin, begin.full(), future, outputs=True)
         holds = F.pad(part.truth, (0, cached.shape[1] - part.truth.shape[1]))
         for name, method in methods.items():
@@ -639,6 +638,7 @@ def study(
             told = {"method": name, "sample": range(first, first + len(part)), "question": question, "kind": part.kind}
             numbers = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in columns.items()}
             tables.append(pd.DataFrame(told | numbers))
+        first += len(part)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -680,9 +680,17 @@ def _answered(
     }
 
 
-def _rows(drawn: Recall, rows: slice) -> Recall:
-    names = ("context", "question", "answer", "truth", "distractors")
-    return replace(drawn, **{name: getattr(drawn, name)[rows] for name in names})
+def _batches(drawn: Recall | Sequence[Recall], batch: int) -> list[Recall]:
+    """Samples of equal length in batches."""
+    names, whole_batch = ("context", "question", "answer", "truth", "distractors"), whole("batch", batch)
+    parts = [
+        replace(one, **{name: getattr(one, name)[first : first + whole_batch] for name in names})
+        for one in ([drawn] if isinstance(drawn, Recall) else drawn)
+        for first in range(0, len(one), whole_batch)
+    ]
+    if not parts:
+        raise ValueError("no samples given; at least one is needed")
+    return parts
 
 
 @torch.no_grad()
