@@ -21,7 +21,7 @@ MACHINE = Machine(
 
 # calls against baselines that do other work: the price of something the reader knows
 OTHER_WORK = {
-    *((call, bars.SDPA) for call in (bars.ALL, bars.KNOWN, bars.WINDOW)),
+    *((call, bars.SDPA) for call in (bars.ALL, bars.KNOWN, bars.WINDOW, races.LSE)),
     *((call, "copy") for call in ("quantise", "dequantise")),
     ("quantise", "plain rounding"),
     ("budget 32", bars.FULL),

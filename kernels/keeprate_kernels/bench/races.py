@@ -15,6 +15,7 @@ from keeprate_kernels.bench.bars import ALL, ALL_STATISTICS, BUDGET, FULL, KNOWN
 from keeprate_kernels.bench.record import Line, Race
 
 ROWS = 64  # query rows of an observation window
+LSE = "log-sum-exp of the rows"
 SUMMED = "softmax, then sum"
 
 
@@ -62,6 +63,7 @@ def _attention_received(h, g, n, d, dtype, causal, compiles) -> Race:
             SDPA: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True),
             ALL: lambda: received(q, k, scaling=scaling, causal=causal),
             KNOWN: lambda: received(q, k, scaling=scaling, causal=causal, lse=lse),
+            LSE: lambda: kernels.attention_lse(q, k, scaling=scaling, causal=causal),
             WINDOW: lambda: received(last, k, scaling=scaling, causal=causal),
             SUMMED: lambda: naive.softmax_then_sum(q, k, causal),
             f"{SUMMED} (window)": lambda: naive.softmax_then_sum(last, k, causal),
@@ -83,6 +85,7 @@ def _attention_received(h, g, n, d, dtype, causal, compiles) -> Race:
     for case, cost in rows.items():
         summed = f"{SUMMED} (window)" if case == WINDOW else SUMMED
         lines += [Line(f"{case}, {mask}", case, against, *cost) for against in (SDPA, summed)]
+    lines.append(Line(f"{LSE}, {mask}", LSE, SDPA, *rows[ALL]))
     if compiles:
         lines.append(Line(f"{ALL}, {mask}", ALL, f"compiled {SUMMED}", *rows[ALL]))
     needs = dict.fromkeys((SUMMED, f"compiled {SUMMED}"), (2 * s + 8) * h * n * n)
