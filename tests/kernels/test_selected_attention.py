@@ -210,13 +210,14 @@ def test_ragged_heads(counts, group, m, dtype, name):
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 40), min_size=2, max_size=6).filter(any), st.integers(1, 3), st.integers(1, 3),
-    st.integers(0, 2**31 - 1), st.sampled_from([1, 7, 128]), st.booleans(),
+    st.integers(0, 2**31 - 1), st.sampled_from([1, 7, 128]), st.sampled_from([0, 2, 9]), st.booleans(),
 )  # fmt: skip
-def test_the_ragged_reference_in_any_blocks(counts, group, m, seed, chunk, masked):
+def test_the_ragged_reference_in_any_blocks_and_padded(counts, group, m, seed, chunk, waste, masked):
     query = rand(seed, 1, len(counts) * group, m, 5)
     flat, padded = ragged(seed + 1, counts, 5)
     with pytest.MonkeyPatch.context() as patch, backend("reference"):
         patch.setattr(module, "CHUNK", chunk)
+        patch.setattr(module, "WASTE", waste)
         check_ragged(query, flat, padded, draw_mask(seed, len(flat[0])) if masked else None)
 
 
@@ -268,12 +269,13 @@ def test_gradients_flow_through_the_reference(return_lse):
     def dense(q, k, v, x):
         return selected_attention(q, k, v, index, valid=valid, bias=x, **options)
 
-    def flat(q, k, v):
-        offsets = torch.tensor([0, 4, 18], device=DEVICE)
+    def flat(q, k, v, cut):
+        offsets = torch.tensor([0, cut, 18], device=DEVICE)
         return ragged_attention(q, k.reshape(18, 3), v.reshape(18, 3), offsets, **options)
 
     assert torch.autograd.gradcheck(dense, (query, key, value, bias.requires_grad_()))
-    assert torch.autograd.gradcheck(flat, (query, key, value))
+    for cut in (4, 8, 9):  # in blocks, padded, a view
+        assert torch.autograd.gradcheck(lambda *x, cut=cut: flat(*x, cut), (query, key, value))
     single = [x.detach().float().requires_grad_() for x in (query, key, value)]
     if DEVICE.type == "cuda":  # where the kernel would have run
         assert selected_attention(*single, index, scaling=0.5).requires_grad
