@@ -218,7 +218,7 @@ def head_gradient(hidden, weight, bias, labels, softcap, coefficients, spread, n
 
 
 def compile_specs() -> list[CompileSpec]:
-    """The kernel as it is launched in bf16: with and without spread, with bias, soft cap and odd c, for one token."""
+    """The kernel as it is launched in bf16: plain; with spread, bias, soft cap and odd c; for one token."""
     ints = ("t", "v", "c", "first", "stride_row", "stride_ht", "stride_wv")
     signature = {"h_ptr": "*bf16", "w_ptr": "*bf16", "label_ptr": "*i64", "row_ptr": "*fp32", "out_ptr": "*bf16"}
     signature |= {"softcap": "fp32"} | dict.fromkeys(ints, "i32")
@@ -229,7 +229,6 @@ def compile_specs() -> list[CompileSpec]:
     single = {k: x for k, x in signature.items() if k not in ("t", "stride_row")}
     return [
         CompileSpec(_dlogits_kernel, signature, plain | {"SPREAD": False}, **launch),
-        CompileSpec(_dlogits_kernel, signature, plain | {"SPREAD": True}, **launch),
         CompileSpec(_dlogits_kernel, signature | {"bias_ptr": "*bf16"}, full | {"SPREAD": True}, **launch),
         CompileSpec(_dlogits_kernel, single, plain | {"SPREAD": False, "t": 1, "stride_row": 1}, **launch),
     ]

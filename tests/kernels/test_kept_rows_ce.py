@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keeprate_kernels import head_gradient as gradient_module
 from keeprate_kernels import token_stats as stats_function
@@ -104,6 +105,32 @@ def test_the_backward_pass_sees_the_kept_rows_alone(name, monkeypatch):
         *_, grad, _ = run(kept_rows_ce, hidden, weight, labels, w, chunk=(1000, 1000))
     assert rows == [int(kept.sum())]
     assert torch.equal(grad.abs().sum(1) != 0, kept)
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        found = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *(x.numel() for x in found)])
+        return out
+
+
+def test_logits_are_never_in_memory_as_a_whole():
+    """600 tokens x 1500 entries are 900,000 logits; the largest tensor is a tile of 256 x 512 or a gradient."""
+    hidden, weight, labels, bias, w = case(600, 1500, 16)
+    with backend("reference"):
+        with Largest() as ours:
+            run(kept_rows_ce, hidden, weight, labels, w, bias, softcap=5.0)
+            stats_function(hidden, weight, labels, bias=bias)
+        with Largest() as theirs:
+            run(plain, hidden, weight, labels, w, bias, softcap=5.0)
+    assert theirs.entries == 600 * 1500
+    # the two tiles of the statistics are one allocation; a GPU without triton takes larger tiles
+    assert ours.entries == 2 * 256 * 512 or DEVICE.type == "cuda"
 
 
 def test_scores_may_be_known_or_left_out():
