@@ -41,6 +41,8 @@ bench: $(READY)
 train: $(READY)
 	$(BIN)/python -m keeprate.train.vit_digits
 	$(BIN)/python -m keeprate.train.siglip_digits
+	$(BIN)/python -m keeprate.train.llama_docs
+	$(BIN)/python -m keeprate.train.llama_docs_draft
 
 # Store the numbers of the latest runs in data/expected, showing old and new.
 expected: $(READY)

@@ -93,7 +93,7 @@ def test_stream_is_the_text_with_eos_behind_every_document(tokenizer):
 
 
 def test_training_tokens_are_kept_and_read_again(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("keeprate.project.root", lambda: tmp_path)
+    monkeypatch.setattr(docs, "_CACHE", tmp_path / "runs" / "docs")
     monkeypatch.setattr(docs, "documents", lambda split: ("Some text.", "More text."))
     docs.tokens.cache_clear()
     first = docs.tokens(tokenizer, "train")
@@ -103,6 +103,15 @@ def test_training_tokens_are_kept_and_read_again(tokenizer, tmp_path, monkeypatc
     assert torch.equal(docs.tokens(tokenizer, "train"), first)
     assert kept.suffix == ".npy" and tokenizer.decode(first) == "Some text.<eos>More text.<eos>"
     docs.tokens.cache_clear()
+
+
+def test_fingerprint_of_the_training_text_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs, "_CACHE", tmp_path)
+    monkeypatch.setattr(docs, "documents", lambda split: ("Some text.", "More."))
+    found = docs.fingerprint("train")
+    assert (found["documents"], found["characters"]) == (2, 15)
+    monkeypatch.setattr(docs, "documents", lambda split: pytest.fail("must not be read again"))
+    assert docs.fingerprint("train") == found and len(list(tmp_path.iterdir())) == 1
 
 
 def test_first_token_is_bos_or_else_eos():

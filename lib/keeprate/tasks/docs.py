@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+import warnings
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -43,6 +44,8 @@ HELD_OUT = (
     "transformers/pipelines",
 )
 SPLITS = ("train", "test")
+_ROOT = Path(__file__).resolve().parents[3]  # of the repository, if the package lies in it
+_CACHE = (_ROOT / "runs" if (_ROOT / "pyproject.toml").is_file() else Path(tempfile.gettempdir()) / "keeprate") / "docs"
 _SKIPPED = {"tests", "testing", "externals", "_vendor", "__pycache__"}  # no reference text, or somebody else's
 
 
@@ -70,7 +73,8 @@ def _sources(split: str) -> list[tuple[str, Path]]:
 def _docstrings(path: Path) -> list[str]:
     """Docstrings of a source file, in the order of its lines."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings(action="ignore"):  # about escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
     except SyntaxError:  # templates and files for another Python
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -136,7 +140,9 @@ def fingerprint(split: str = "test") -> dict[str, Any]:
     }
     if split == "train":
         stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(found))
+        with tempfile.NamedTemporaryFile("w", dir=stored.parent, suffix=".part", delete=False) as part:
+            json.dump(found, part)
+        os.replace(part.name, stored)
     return found
 
 
@@ -191,15 +197,9 @@ def tokens(tokenizer: Any, split: str = "test") -> Tensor:
 
 def _cached(split: str, kind: str, about: str = "") -> Path:
     """File in which something that was made of the split is kept; its name changes with the sources."""
-    from keeprate.project import root
-
-    try:
-        folder = root() / "runs" / "docs"
-    except FileNotFoundError:  # the package without its repository
-        folder = Path(tempfile.gettempdir()) / "keeprate-docs"
     sizes = [f"{name} {path.stat().st_size}" for name, path in _sources(split)]
     told = "\0".join([platform.python_version(), Path(__file__).read_text(), about, *sizes])
-    return folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.{kind}"
+    return _CACHE / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.{kind}"
 
 
 def _encode(tokenizer: Any, text: tuple[str, ...]) -> np.ndarray:
