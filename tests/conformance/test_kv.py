@@ -71,7 +71,7 @@ VARIANTS = [
     ("ZipCache", {"stream": 4, "bits": (8, 4), "normalise": "causal"}),
     ("PoD", {"stream": 3, "leaders": (0,)}),
 ]
-STOCHASTIC = {"RandomKV"}  # drawn for the batch as a whole
+STOCHASTIC = {"RandomKV", "RandomRead"}  # drawn for the batch as a whole
 BLIND = {"RandomKV", "StreamingLLM", "SepLLM"}  # never look at keys or queries
 FUTURE = {"OracleKV"}  # made for one batch
 PREFIX = {"StreamingLLM": 4, "SepLLM": 4, "ExpectedAttention": 4, "VATP": 3}  # first tokens that must survive

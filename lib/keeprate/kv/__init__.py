@@ -4,7 +4,7 @@ from keeprate.kv.a2sf import A2SF
 from keeprate.kv.actqkv import ActQKV
 from keeprate.kv.adakv import AdaKV
 from keeprate.kv.base import EvictMethod, KVMethod, Modifier, ReadMethod, Step
-from keeprate.kv.baselines import OracleKV, RandomKV, future_attention
+from keeprate.kv.baselines import OracleKV, RandomKV, RandomRead, TopKRead, future_attention
 from keeprate.kv.cache import KVLayer
 from keeprate.kv.caote import CAOTE
 from keeprate.kv.expected_attention import ExpectedAttention
@@ -52,6 +52,7 @@ __all__ = [
     "Quest",
     "RCStat",
     "RandomKV",
+    "RandomRead",
     "ReadMethod",
     "Scissorhands",
     "SepLLM",
@@ -60,6 +61,7 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
+    "TopKRead",
     "ZipCache",
     "future_attention",
     "layer_similarity",

@@ -1,4 +1,4 @@
-"""Baselines every figure of this family draws: chance, the future, and the first and last tokens."""
+"""Baselines every figure of this family draws: chance and the best choice, for what is kept and for what is read."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,9 @@ from torch import nn
 from keeprate import score
 from keeprate.anatomy import decoder
 from keeprate.attention import AttentionView, Listener, listen
-from keeprate.kv.base import EvictMethod, Step
+from keeprate.kv.base import EvictMethod, ReadMethod, Step
 from keeprate.method import register
+from keeprate.select import Kept, keep_top
 
 
 @register(kind="baseline")
@@ -64,6 +65,48 @@ class OracleKV(EvictMethod):
         if given.shape != shape:
             raise ValueError(f"this OracleKV was made for scores {tuple(given.shape)}; the prompt gives {shape}")
         return given.float()
+
+
+@register(kind="baseline")
+@dataclass(frozen=True)
+class RandomRead(ReadMethod):
+    """Read a uniformly random set of tokens per KV head at every decode step, and the newest token.
+
+    Args:
+        keep: See `ReadMethod`; the newest token counts.
+    """
+
+    def choose(self, step: Step) -> Kept | None:
+        shape = len(step.view.k), step.groups, step.n
+        chance = score.random(shape, step.generator, step.view.k.device)
+        return _read_best(self, step, chance)
+
+
+@register(kind="baseline", needs=("attention logits",))
+@dataclass(frozen=True)
+class TopKRead(ReadMethod):
+    """Read the tokens to which the decode row gives most attention, mean over the query heads of each KV head.
+
+    Not a method one would use, for it reads every key to choose, but no choice of as many tokens per KV head holds
+    more attention: the line the others are measured against. The newest token is read too.
+
+    Args:
+        keep: See `ReadMethod`; the newest token counts.
+    """
+
+    def choose(self, step: Step) -> Kept | None:
+        if step.n <= int(self.target(step).min()):
+            return None
+        self.reads(step, step.view.k)
+        return _read_best(self, step, step.by_kv_head(step.logits(1)[:, :, 0].softmax(-1)))
+
+
+def _read_best(method: ReadMethod, step: Step, scores: torch.Tensor) -> Kept | None:
+    """The newest token and the best others by scores [b, g, n]; None = the budget holds everything."""
+    target = method.target(step)
+    if step.n <= int(target.min()):
+        return None
+    return keep_top(scores, target.expand(-1, step.groups), step.recent(1), step.valid)
 
 
 class _Watch(Listener):
