@@ -18,7 +18,7 @@ import torch
 from keeprate_kernels.runtime import HAS_TRITON, INTERPRETED, CompileSpec, tl, triton, use_triton
 
 CHUNK = 128  # stacked query rows at a time: at n = 4096 on two CPU cores 64 to 128 are fastest, 128 at head dim 128
-TILE = 2**20  # logits held at once, over heads and batch: 4 MiB stay in a CPU's cache
+TILE = 2**18  # logits held at once for each thread, over heads and batch: 1 MiB stays in a core's cache
 LOG2E = 1 / math.log(2)
 LOWEST = torch.finfo(torch.float32).min
 
@@ -75,8 +75,10 @@ def logit_tiles(
     rep, offset = h // g, n_k - n_q
     # query heads that share a key head are stacked as rows of one matrix product: keys are never repeated
     query, step = query.unflatten(1, (g, rep)), max(1, min(n_q, chunk // rep))
-    held = max(1, TILE // max(1, rep * step * n_k))  # key heads of a tile
+    held = max(1, TILE * torch.get_num_threads() // max(1, rep * step * n_k))  # key heads of a tile
     step_b, step_g = (min(b, held // g), g) if held >= g else (1, held)
+    # row i sees keys up to i + offset, so only the last columns of a tile need masking: -inf where j > a - step
+    future = torch.full((2 * step, step), float("-inf"), device=query.device).triu_(1 - step) if causal else None
     buffer = torch.empty(step_b * step_g * rep * step * n_k, device=query.device)
     if mask is not None:
         mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (g, rep))  # b|1, g|1, rep|1, n_q|1, n_k
@@ -111,10 +113,8 @@ def logit_tiles(
                     whole.copy_(minus.neg())
                 x.baddbmm_(q, k[:, :, :seen], beta=int(mask is not None or lse is not None), alpha=scaling * LOG2E)
                 if causal and (first := max(0, start + offset)) < seen:
-                    # row i sees keys up to i + offset: only the last columns of the tile differ between its rows
-                    last = torch.arange(start + offset, rows.stop + offset, device=x.device)[:, None]
-                    future = torch.arange(first, seen, device=x.device) > last
-                    whole[..., first:].masked_fill_(future, float("-inf"))
+                    below = step + start + offset - first  # the row of `future` that stands for the first of this tile
+                    whole[..., first:] += future[below : below + r, : seen - first]
                 flat = (b0 * g + g0) * rep
                 yield slice(flat, flat + len(q) * rep), rows, x.view(-1, r, seen)
 
