@@ -85,7 +85,12 @@ class AttentionView:
 
     def probs(self) -> torch.Tensor:
         """The full matrix [b, h, n_q, n_k] in fp32. Quadratic: only for methods that truly need every entry."""
-        return self.rows(torch.arange(self.q.shape[2], device=self.q.device))
+        mask = self.mask
+        if self.causal:
+            n_q, n_k = self.q.shape[2], self.k.shape[2]
+            seen = torch.ones(n_q, n_k, dtype=torch.bool, device=self.q.device).tril(n_k - n_q)[None, None]
+            mask = seen if mask is None else _add_masks(mask, seen)
+        return attention_rows(self.q, self.k, scaling=self.scaling, mask=mask)
 
     def with_bias(self, bias: torch.Tensor | None) -> "AttentionView":
         """The same layer with `bias` [b|1, h|1, n_q|1, n_k] added to the logits."""

@@ -41,12 +41,15 @@ class A2SF(EvictMethod):
         return step.recent(self.recent)
 
     def fold(self, step: Step) -> None:
-        age = torch.arange(step.m - 1, -1, -1, device=step.view.q.device)
-        weight = (self.alpha**age).float()
-        rows = max(1, int((weight > 1e-9).sum()))  # rows too old to count are not computed
-        weight = weight[-rows:] if step.real is None else weight[-rows:] * step.real[:, None, -rows:]
-        received = step.by_kv_head(step.view.tail(rows).received(weight), "sum")
-        step.cache.carry("decayed").mul_(self.alpha**step.m).add_(received)
+        if step.m == 1:
+            received = step.received()
+        else:
+            age = torch.arange(step.m - 1, -1, -1, device=step.view.q.device)
+            weight = (self.alpha**age).float()
+            rows = max(1, int((weight > 1e-9).sum()))  # rows too old to count are not computed
+            weight = weight[-rows:] if step.real is None else weight[-rows:] * step.real[:, None, -rows:]
+            received = step.view.tail(rows).received(weight)
+        step.cache.carry("decayed").mul_(self.alpha**step.m).add_(step.by_kv_head(received, "sum"))
 
     def score(self, step: Step) -> torch.Tensor:
         return step.cache.carry("decayed")

@@ -114,7 +114,7 @@ class Step:
 
     def rows(self, count: int = 1) -> torch.Tensor:
         """Attention of the last `count` query rows: [b, h, count, n], at most m rows."""
-        return self.view.rows(list(range(max(0, self.m - count), self.m)))
+        return self.view.tail(count).probs()
 
     def logits(self, count: int = 1) -> torch.Tensor:
         """Scaled logits of the last `count` query rows, -inf where hidden: [b, h, count, n] in fp32."""
@@ -137,6 +137,8 @@ class Step:
             weight: Broadcastable to [b, h, m].
             reduce: "sum" or "max".
         """
+        if self.m == 1 and weight is None:
+            return self.view.probs()[:, :, 0]
         if self.real is not None:
             there = self.real[:, None].float()
             weight = there if weight is None else weight * there
@@ -192,7 +194,11 @@ class KVMethod(Method):
 
     def target(self, step: Step) -> torch.Tensor:
         """[b, 1] tokens that every head may hold, or read: a keep rate is a share of all that arrived so far."""
-        return self.budget.each(step.lengths, step.layer + 1)[:, None]
+        budget = self.budget
+        key = ("target", budget, 1 if budget.schedule is None else step.layer + 1)
+        if key not in step.common:  # all layers have seen as many tokens
+            step.common[key] = budget.each(step.lengths, key[2])[:, None]
+        return step.common[key]
 
     def check(self, body: Decoder, lengths: torch.Tensor) -> None:
         """Raise a ValueError if the method cannot work on this model or on prompts of these lengths [b]."""

@@ -97,7 +97,8 @@ class Flat:
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [b, g, n, d]; what lies beyond a head's count repeats its last token."""
-        return self.keys[self.slots], self.values[self.slots]
+        shape, rows = self.slots.shape, self.slots.flatten()
+        return tuple(x.index_select(0, rows).view(*shape, -1) for x in (self.keys, self.values))
 
 
 @dataclass(frozen=True)

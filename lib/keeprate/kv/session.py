@@ -95,7 +95,13 @@ _active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 class KVSession(Listener):
-    """One method on one model: swaps the cache layers, builds masks, compresses, writes the trace."""
+    """One method on one model: swaps the cache layers, builds masks, compresses, writes the trace.
+
+    Attributes:
+        flat_anywhere: Attend to per-head storage as it lies on a CPU too, where a padded copy is the faster way.
+    """
+
+    flat_anywhere = False
 
     def __init__(self, method: KVMethod, body: Decoder, seed: int, masked: bool, turns: str):
         self.method, self.body, self.masked, self.turns = method, body, masked, turns
@@ -124,7 +130,9 @@ class KVSession(Listener):
     @property
     def reads_flat(self) -> bool:
         """Whether decode steps may attend to per-head storage as it lies, without padding it out."""
-        return self.idle and not self.method.re_position and not torch.is_grad_enabled()
+        device = self.cache.layers[self.body.treated[0]].device
+        useful = self.flat_anywhere or device.type == "cuda"
+        return useful and self.idle and not self.method.re_position and not torch.is_grad_enabled()
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[KVTrace]:
@@ -300,20 +308,19 @@ class KVSession(Listener):
 
     def _mask(self, cache: KVLayer, view: AttentionView) -> torch.Tensor | None:
         """Which slots every query may see: [b, 1|h, m, n] boolean or additive, None = all."""
-        m, valid = view.q.shape[2], cache.valid
-        index = cache.index
+        m, valid, index = view.q.shape[2], cache.valid, cache.index
+        groups = index.shape[1]
         if view.mask is None:
-            if m == 1 and valid is None:
-                return None
+            if m == 1:
+                return None if valid is None else valid[:, :, None].repeat_interleave(view.q.shape[1] // groups, 1)
             arrival = torch.arange(cache.seen - m, cache.seen, device=index.device)[:, None]
             mask = index[:, :, None] <= arrival  # b g m n
         else:
-            b, g, _ = index.shape
-            mask = view.mask.expand(b, g, m, -1).gather(3, index[:, :, None].expand(-1, -1, m, -1))
+            mask = view.mask.expand(len(index), groups, m, -1).gather(3, index[:, :, None].expand(-1, -1, m, -1))
         if valid is not None:
             hidden = ~valid[:, :, None]
             mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, float("-inf"))
-        return mask.repeat_interleave(view.q.shape[1] // mask.shape[1], 1)
+        return mask.repeat_interleave(view.q.shape[1] // groups, 1)
 
     def _re_position(self, module: nn.Module, cache: KVLayer, view: AttentionView) -> AttentionView:
         """Rotate keys to their place in the cache and queries to theirs, head by head."""
