@@ -345,6 +345,13 @@ def test_study_takes_samples_of_several_lengths(model, drawn):
         np.testing.assert_allclose(*(part[["nll", "tokens", "found", "kl"]] for part in parts), rtol=1e-4, atol=1e-6)
 
 
+def test_study_of_answers_of_one_token(model, drawn):
+    short = M.replace(drawn, answer=drawn.answer[:, :1])
+    table = M.study(model, short, {"knorm": kv.KNorm(keep=0.25)}, "known", truth=M.TRUTHS, progress=False)
+    assert table[["recall_oracle", "recall_leave_one_out"]].notna().all(None)
+    assert table[["recall_grad_x_input", "mass_leave_one_out_loss", "correlation_grad_x_input"]].isna().all(None)
+
+
 def test_study_refuses(model, drawn):
     with pytest.raises(ValueError, match="no samples"):
         M.study(model, [], {"full": None})

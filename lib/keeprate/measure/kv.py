@@ -9,6 +9,7 @@ Question known: the prompt that is compressed ends with the question. Question u
 and the question comes after the compression.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,7 +37,8 @@ from keeprate.score import by_kv_head
 from keeprate.tasks.recall import Recall
 
 QUESTIONS = ("known", "unknown")
-TRUTHS = ("oracle", "leave_one_out", "leave_one_out_loss", "grad_x_input")
+ATTENTION_TRUTHS = ("oracle", "leave_one_out")
+TRUTHS = (*ATTENTION_TRUTHS, "leave_one_out_loss", "grad_x_input")
 Methods = Mapping[str, KVMethod | None]  # name in the tables -> method; None = the full cache
 Scores = list[torch.Tensor]  # per treated layer [b, g, n], higher = matters more
 
@@ -500,7 +502,7 @@ def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tenso
         ValueError: If the layers do not pair up.
     """
     _check_layers(scores, truth)
-    found = []
+    rhos = []
     for score, matter in zip(scores, truth, strict=True):
         score = score[..., : matter.shape[-1]].double()
         there = score.isfinite()
@@ -508,8 +510,8 @@ def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tenso
         count = there.sum(-1, keepdim=True).clamp_min(1)
         a, b = ((x - x.sum(-1, keepdim=True) / count) * there for x in (a, b))
         scale = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-        found.append(((a * b).sum(-1) / scale.clamp_min(1e-30)).mean(1))
-    return torch.stack(found).mean(0).float()
+        rhos.append(((a * b).sum(-1) / scale.clamp_min(1e-30)).mean(1))
+    return torch.stack(rhos).mean(0).float()
 
 
 def _rank(x: torch.Tensor) -> torch.Tensor:
@@ -542,12 +544,17 @@ def output_error(full: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) ->
 # --- the two experiments ----------------------------------------------------------------------------------------------
 
 
-def _given(method: KVMethod | None, future: Scores) -> KVMethod | None:
-    """An OracleKV without a future, alone or inside a modifier, gets this one."""
+def given(method: KVMethod | None, future: Scores) -> KVMethod | None:
+    """An `OracleKV` without a future, alone or inside a modifier, gets this one; other methods stay as they are.
+
+    Args:
+        method: Any method.
+        future: What `oracle` gives.
+    """
     if isinstance(method, OracleKV) and not method.future:
         return replace(method, future=tuple(future))
     if isinstance(method, Modifier) and isinstance(method.base, EvictMethod):
-        return replace(method, base=_given(method.base, future))
+        return replace(method, base=given(method.base, future))
     return method
 
 
@@ -604,7 +611,7 @@ def study(
         found: share of the answer's tokens that is kept (for read-time methods: was read at the last step);
         error: of attention outputs and kl: of next-token predictions against the full cache, mean over what follows;
         recall_<truth>, mass_<truth>: see `recall_at_budget`; correlation_<truth>: of the method's scores, NaN where it
-        gives none.
+        gives none. Truths about the loss are NaN where a single token follows.
 
     Raises:
         ValueError: On an unknown setting or truth, no methods, or as a method does.
@@ -621,16 +628,21 @@ def study(
         cached, future = split(part, question)
         begin = prefill(model, cached)
         future = future.to(begin.ids.device)
-        goal = truths(begin, future, max(1, min(part.answer.shape[1], future.shape[1] - 1)), asked)
+        m = future.shape[1]  # a single token is predicted by the prompt's own last row: no loss to explain
+        here = [key for key in asked if m > 1 or key in ATTENTION_TRUTHS]
+        goal = truths(begin, future, max(1, min(part.answer.shape[1], m - 1)), here)
         whole_cache = _continue(begin, begin.full(), future, outputs=True)
         holds = F.pad(part.truth, (0, cached.shape[1] - part.truth.shape[1]))
         for name, method in methods.items():
-            columns = _answered(begin, _given(method, goal.get("oracle", [])), future, part, whole_cache, seed)
+            columns = _answered(begin, given(method, goal.get("oracle", [])), future, part, whole_cache, seed)
             kept, scores = columns.pop("kept"), columns.pop("scores")
             layers = sorted(kept)
             held = [kept[i] for i in layers]
             columns["found"] = found(held, holds)
             for key in truth:
+                if key not in goal:
+                    columns |= dict.fromkeys((f"recall_{key}", f"mass_{key}", f"correlation_{key}"), float("nan"))
+                    continue
                 aim = [goal[key][begin.body.treated.index(i)] for i in layers]
                 columns[f"recall_{key}"], columns[f"mass_{key}"] = recall_at_budget(held, aim)
                 ranked = [(scores[i], t) for i, t in zip(layers, aim, strict=True) if i in scores]
@@ -680,13 +692,19 @@ def _answered(
     }
 
 
+def rows(drawn: Recall, which: slice | Sequence[int]) -> Recall:
+    """Some samples of a batch."""
+    names = ("context", "question", "answer", "truth", "distractors")
+    return replace(drawn, **{name: getattr(drawn, name)[which] for name in names})
+
+
 def _batches(drawn: Recall | Sequence[Recall], batch: int) -> list[Recall]:
     """Samples of equal length in batches."""
-    names, whole_batch = ("context", "question", "answer", "truth", "distractors"), whole("batch", batch)
+    whole("batch", batch)
     parts = [
-        replace(one, **{name: getattr(one, name)[first : first + whole_batch] for name in names})
+        rows(one, slice(first, first + batch))
         for one in ([drawn] if isinstance(drawn, Recall) else drawn)
-        for first in range(0, len(one), whole_batch)
+        for first in range(0, len(one), batch)
     ]
     if not parts:
         raise ValueError("no samples given; at least one is needed")
@@ -737,7 +755,7 @@ def perplexity(
         plain, _ = _continue(begin, begin.full(), future[:, :-1])
         for name, method in methods.items():
             each = step or (1 if one_by_one(method) else None)
-            with begin.resume(_given(method, seen), seed) as now:
+            with begin.resume(given(method, seen), seed) as now:
                 logits, _ = _continue(begin, now.cache, future[:, :-1], each)
                 last = now.nbytes if now.trace is None else now.trace.nbytes
                 read = _read(now.trace, b) if now.trace is not None and now.trace.read else last / b
@@ -768,7 +786,7 @@ def summarise(samples: pd.DataFrame, by: Sequence[str] = ("method",), confidence
         raise ValueError(f"no column {missing or 'has a row'}; the table has {', '.join(map(str, samples))}")
     told = {*by, "method", "sample", "question", "kind"}
     measured = [name for name in samples if name not in told and pd.api.types.is_numeric_dtype(samples[name])]
-    rows = []
+    found = []
     for key, part in samples.groupby(list(by), sort=False, dropna=False):
         row = dict(zip(by, key, strict=True)) | {"n": len(part)}
         for name in measured:
@@ -780,8 +798,8 @@ def summarise(samples: pd.DataFrame, by: Sequence[str] = ("method",), confidence
             else:
                 continue
             row |= {label: number.value, f"{label}_low": number.low, f"{label}_high": number.high}
-        rows.append(row)
-    table = pd.DataFrame(rows)
+        found.append(row)
+    table = pd.DataFrame(found)
     if "nll" in table and "last_bytes" in table:
         for end in ("", "_low", "_high"):
             table[f"perplexity{end}"] = np.exp(table[f"nll{end}"])
@@ -832,6 +850,7 @@ def generation_cost(
     new_tokens: int = 256,
     repeats: int = 3,
     seconds_budget: float = 60.0,
+    warmup: int = 1,
 ) -> pd.DataFrame:
     """Time of generating under each method against the full cache, everybody in turns on the same machine.
 
@@ -841,15 +860,18 @@ def generation_cost(
         methods: By name; None = the full cache once more, which shows the noise.
         new_tokens: Tokens to generate, by `model.generate`, greedily.
         repeats, seconds_budget: As in `prefill_cost`.
+        warmup: Untimed rounds before.
 
     Returns:
         One row per method: method, full_ms, ms (medians, from the first new token to the last), ratio = full_ms / ms
         (median of the rounds; above 1 = faster than the full cache) with low and high (quartiles), rounds; total:
-        the same ratio with prefill and compression counted.
+        the same ratio with prefill and compression counted; compression: time to the first new token over the full
+        cache's, minus 1 (median of the rounds), which is what the compression adds to the prefill.
     """
     _check_methods(methods)
     whole("new_tokens", new_tokens, 2)
     ids = ids.to(next(model.parameters()).device)
+    first: dict[int, list[float]] = {}
     decode: dict[int, list[float]] = {}
 
     class Watch(BaseStreamer):
@@ -879,15 +901,18 @@ def generation_cost(
                     streamer=watch,
                 )
             # the first call hands over the prompt, the second the first new token
+            first.setdefault(number, []).append(1e3 * (watch.times[1] - watch.times[0]))
             decode.setdefault(number, []).append(1e3 * (watch.times[-1] - watch.times[1]))
 
         return run
 
     calls = [call(i, method) for i, method in enumerate([None, *methods.values()])]
-    total = race(calls, ids.device, repeats, seconds_budget)
-    taken = np.array([decode[i][-len(total) :] for i in range(len(calls))]).T  # the warm-up comes first
+    total = race(calls, ids.device, repeats, seconds_budget, warmup)
+    # the warm-up comes first
+    taken, filled = (np.array([times[i][-len(total) :] for i in range(len(calls))]).T for times in (decode, first))
     table = _ratios(list(methods), taken[:, 0], taken[:, 1:], "ratio", lambda full, own: full / own)
     table["total"] = np.median(total[:, :1] / total[:, 1:], 0)
+    table["compression"] = np.median(filled[:, 1:] / filled[:, :1] - 1, 0)
     return table
 
 
@@ -920,7 +945,7 @@ def scoring_memory(
 
     Returns:
         One row per method and length: method, length, bytes (peak beyond what the prompt itself takes, what is kept
-        included), cache_bytes (keys and values of the layer before), ratio = bytes / cache_bytes, ms (one run).
+        included), cache_bytes (keys and values of the layer before), ratio = bytes / cache_bytes.
 
     Raises:
         ValueError: On a method that cannot be measured so.
@@ -928,7 +953,7 @@ def scoring_memory(
     _check_methods(methods)
     body, weight = decoder(model), next(model.parameters())
     one = replace(body, treated=body.treated[:1])
-    rows = []
+    table = []
     for length in lengths:
         generator = torch.Generator().manual_seed(seed)
         heads = (body.heads, body.kv_heads, body.kv_heads)
@@ -947,9 +972,7 @@ def scoring_memory(
                 with begin.resume(method, seed, copy=False):
                     pass
 
-            start = time.perf_counter()
-            run()
-            ms = 1e3 * (time.perf_counter() - start)
+            gc.collect()  # what earlier runs left must not be freed while this one is watched
             peak, held = peak_memory(run, weight.device), 2 * k.numel() * k.element_size()
-            rows.append((name, length, peak, held, peak / held, ms))
-    return pd.DataFrame(rows, columns=["method", "length", "bytes", "cache_bytes", "ratio", "ms"])
+            table.append((name, length, peak, held, peak / held))
+    return pd.DataFrame(table, columns=["method", "length", "bytes", "cache_bytes", "ratio"])
