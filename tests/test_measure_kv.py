@@ -401,7 +401,6 @@ def test_costs_have_a_row_per_method(model):
     compression = M.prefill_cost(model, ids, methods, repeats=3, seconds_budget=5)
     assert compression["method"].tolist() == list(methods) and (compression["rounds"] == 3).all()
     assert (compression["low"] <= compression["share"]).all() and (compression["share"] <= compression["high"]).all()
-    np.testing.assert_allclose(compression["share"][0], compression["ms"][0] / compression["full_ms"][0] - 1, atol=1.0)
     generation = M.generation_cost(model, ids, methods, new_tokens=4, repeats=2, seconds_budget=5)
     assert generation["method"].tolist() == list(methods) and (generation["ratio"] > 0).all()
     with pytest.raises(ValueError, match="new_tokens"):
@@ -410,10 +409,10 @@ def test_costs_have_a_row_per_method(model):
 
 def test_scoring_memory_is_linear(model):
     methods = {"snap": kv.SnapKV(keep=0.25, window=8), "h2o": kv.H2O(keep=0.25), "knorm": kv.KNorm(keep=0.25)}
-    table = M.scoring_memory(model, methods, (512, 2048))
+    table = M.scoring_memory(model, methods, (2048, 8192))
     for _, part in table.groupby("method"):
         short, long = part["bytes"]
-        assert 2 < long / short < 6, "four times the context, about four times the memory"
+        assert 3 < long / short < 5, "four times the context, about four times the memory"
     assert (table["cache_bytes"] == table["length"] * 2 * 2 * 8 * 4).all()
     with pytest.raises(ValueError, match="'o'"):
         M.scoring_memory(model, {"o": kv.OracleKV(keep=0.5)})
