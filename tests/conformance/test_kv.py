@@ -16,6 +16,8 @@ import keeprate as kr
 from keeprate import Budget
 from keeprate.anatomy import decoder
 from keeprate.kv import EvictMethod, KVLayer, KVMethod, Modifier, ReadMethod
+from keeprate.kv.base import PACK
+from keeprate.kv.session import KVSession
 
 from .checkpoints import DECODERS, VOCABULARY, tokens
 
@@ -189,11 +191,13 @@ def test_padding_and_neighbours_change_nothing(zoo, case):
             assert shifted == [layer[0] for layer in own]
 
 
-@pytest.mark.parametrize("case", cases(kind=EvictMethod) + cases(kind=ReadMethod))
+@pytest.mark.parametrize("case", cases())
 def test_masked_equals_removed(zoo, case):
     """Hiding what a method drops, or does not read, gives what removing, or not reading, it gives."""
-    if getattr(case.method, "rest", "drop") != "drop":
-        pytest.skip("what is packed is neither dropped nor hidden")
+    if case.method.packs:
+        with pytest.raises(ValueError, match="masked=True has no meaning"):
+            case.method(zoo(case.checkpoint), masked=True)
+        return
     model, ids = zoo(case.checkpoint), tokens(2, N)
     results = []
     for masked in (False, True):
@@ -244,12 +248,14 @@ def test_the_number_kept_is_the_budget(zoo, case):
             assert all(bool((c <= each).all()) for c in treated)
         elif method.name == "KeyDiff" and method.block:
             assert all(bool((c < each + method.block).all()) for c in treated)
+        elif method.packs and method.when == "decode":
+            assert all(bool(((c >= each) & (c < each + PACK)).all()) for c in treated)
         elif method.name == "KVCompose":
             assert sum(int(c[0, 0]) for c in treated) == int(0.5 * N * len(treated)) + late * len(treated)
             assert all(bool((c == c[:, :1]).all()) for c in treated)
         elif method.name == "PyramidKV":
             assert abs(total / groups - (each + late) * len(treated)) <= 1
-            assert bool((treated[0] >= treated[-1]).all())
+            assert bool((treated[0] > treated[-1]).all())
         else:
             assert total == (each + late) * groups * len(treated)
             if method.name not in ("AdaKV", "RCStat"):
@@ -416,6 +422,31 @@ def test_beams_and_eager_and_embeddings(zoo, name):
     with build(name)(model) as trace:
         close(model(ids).logits, logits)
         assert kept_sets(trace) == embedded
+
+
+def test_flat_storage_is_read_as_it_lies(zoo, monkeypatch):
+    """What a GPU does at a decode step, attend to unpadded heads, equals the padded copy that a CPU makes."""
+    for method in (build("AdaKV"), build("AdaKV", rest=8), build("RCStat")):
+        model, ids = zoo("llama"), tokens(2, N)
+        with method(model):
+            expected = generate(model, ids)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(KVSession, "flat_anywhere", True)
+            with method(model):
+                close(generate(model, ids)[1], expected)
+
+
+def test_one_sample_becomes_several(zoo):
+    """A shortened cache of one sample can be repeated, as generate does for several answers to one prompt."""
+    model = zoo("llama")
+    for name in ("TOVA", "AdaKV", "ZipCache", "Quest"):
+        with build(name)(model):
+            cache = model(tokens(1, N)).past_key_values
+            one = model(tokens(1, 1), past_key_values=cache).logits
+            cache.batch_repeat_interleave(3)
+            three = model(tokens(1, 1, seed=9).expand(3, -1), past_key_values=cache).logits
+            assert one.shape == three[:1].shape
+            close(three[0], three[2])
 
 
 def test_several_turns(zoo):

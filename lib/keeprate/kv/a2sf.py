@@ -21,7 +21,7 @@ class A2SF(EvictMethod):
         alpha: Forgetting factor in [0, 1]; the paper tunes 0.1 to 0.9 by task.
         recent: Last tokens that stay.
 
-    Source: A2SF (2407.20485), equation 4.
+    Source: A2SF (2407.20485), attention scores accumulated with a forgetting factor.
     """
 
     when = "decode"

@@ -26,7 +26,7 @@ class AdaKV(Modifier):
             (1 - floor) * pooled + floor * B.
         rule: "floor" or "blend".
 
-    Source: Ada-KV (2407.11550), algorithm 1 and the safeguard of section 4.
+    Source: Ada-KV (2407.11550), adaptive budgets over the heads of a layer, with the safeguard.
     """
 
     floor: float = 0.2

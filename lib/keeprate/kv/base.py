@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keeprate.kv.session import KVTrace
 
 BITS = (2, 4, 8)
+PACK = 64  # tokens over the budget before a decode step packs them
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Step:
 
     def sinks(self, count: int) -> torch.Tensor:
         """[b, g, n] whether a token is one of the first `count`."""
-        if self.valid is None:  # no padding, so every sample begins with the first arrival
+        if self.cache.extra["aligned"]:  # every sample begins with the first arrival
             return self.index < count
         rank = self.rank
         return (rank >= 0) & (rank < count)
@@ -187,6 +188,11 @@ class KVMethod(Method):
         """`keep` as a Budget."""
         return Budget.of(self.keep)
 
+    @property
+    def packs(self) -> bool:
+        """Whether some tokens are kept in another form instead of being dropped."""
+        return getattr(self, "rest", "drop") != "drop"
+
     @classmethod
     def architectures(cls) -> tuple[str, ...]:
         """Architectures that the conformance suite runs this method on."""
@@ -235,6 +241,8 @@ class KVMethod(Method):
         from keeprate.kv.session import KVSession
 
         choice("turns", turns, ("first", "each"))
+        if masked and self.packs:
+            raise ValueError(f"{self!r} packs tokens, which are neither dropped nor hidden: masked=True has no meaning")
         return KVSession(self, decoder(model), seed, masked, turns).attach(model)
 
 
@@ -292,7 +300,9 @@ class EvictMethod(KVMethod):
         """[b] which samples to compress in this layer now."""
         if self.when == "prefill":
             return torch.full((len(step.view.k),), step.first, device=step.view.k.device)
-        return (step.cache.hot_counts > self.target(step)).any(1)
+        # packed tokens share statistics, so they are packed by the block
+        most = self.target(step) + (0 if self.rest == "drop" or step.first else PACK - 1)
+        return (step.cache.hot_counts > most).any(1)
 
     def score(self, step: Step) -> torch.Tensor:
         """Importance of every cached token, [b, g, n] in fp32, higher = keep; what `valid` excludes may be anything."""

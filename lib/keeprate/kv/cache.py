@@ -246,16 +246,18 @@ class KVLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only a cache from which nothing was dropped can be cut back.
+        """Remove the last -tokens_to_remove tokens. Only a cache from which nothing was dropped can be cut back.
 
         Raises:
-            ValueError: Otherwise.
+            ValueError: Otherwise, and on a positive number.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove; got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         if self.touched or self.state or self.extra:
             raise ValueError("a cache that a method works on cannot be cropped (assisted generation needs that)")
-        remaining = self.seen - abs(tokens_to_remove)
+        remaining = max(0, self.seen + tokens_to_remove)
         self.dense = tuple(Growing(x.view[:, :, :remaining].clone()) for x in self.dense)
         if self._valid is not None:
             self._valid = Growing(self._valid.view[:, :, :remaining].clone())
@@ -287,7 +289,7 @@ class KVLayer(CacheLayerMixin):
         self.state = {name: x.along_batch(pick) for name, x in self.state.items()}
         for name in ("_index", "_valid", "_positions"):
             held = getattr(self, name)
-            if held is not None and held.buffer.shape[0] > 1:
+            if held is not None and (name != "_positions" or held.buffer.shape[0] > 1):  # positions may be shared
                 setattr(self, name, held.along_batch(pick))
         self.extra = {
             name: x.index_select(0, pick) if isinstance(x, torch.Tensor) and x.dim() and len(x) == before else x

@@ -22,7 +22,7 @@ class CAOTE(Modifier):
         base: Any eviction method with non-negative scores; H2O when None.
         fast: Take o as the mean value instead of the weighted one (FastCAOTE).
 
-    Source: CAOTE (2504.14051), theorem 3.1 and section 3.3.
+    Source: CAOTE (2504.14051), closed form of the eviction error, and FastCAOTE.
     """
 
     fast: bool = False

@@ -28,7 +28,7 @@ class ExpectedAttention(EvictMethod):
         epsilon: Added to S, so that the value's norm decides among tokens nobody is expected to attend to.
         covariance: Use Sigma; without it S is the attention of the mean query.
 
-    Source: Expected Attention (2510.00636), section 3.
+    Source: Expected Attention (2510.00636), attention of Gaussian queries to come.
     """
 
     horizon: int = 512

@@ -21,7 +21,7 @@ class H2O(EvictMethod):
         keep: See `EvictMethod`.
         recent: Tokens that stay whatever their score; the paper gives half of the budget to them, None does the same.
 
-    Source: H2O (2306.14048), section 4.
+    Source: H2O (2306.14048), heavy hitters by accumulated attention.
     """
 
     when = "decode"

@@ -19,7 +19,7 @@ class KeyDiff(EvictMethod):
         keep: See `EvictMethod`.
         block: While decoding, tokens over the budget before it is cut again; 0 = compress after the prompt alone.
 
-    Source: KeyDiff (2504.15364), section 3.
+    Source: KeyDiff (2504.15364), cosine to the mean of the normalised keys.
     """
 
     block: int = 0

@@ -18,7 +18,7 @@ class KNorm(EvictMethod):
         keep: See `EvictMethod`.
         skip: First layers that are left whole; the paper leaves two. They do not count towards the budget.
 
-    Source: L2 norm (2406.11430), section 3.
+    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (2406.11430).
     """
 
     skip: int = 0

@@ -25,7 +25,7 @@ class KVCompose(EvictMethod):
         value_norm: Multiply by the norm of the token's value.
         smooth: Add the mean over the layer's KV heads to every head's score.
 
-    Source: KVCompose (2509.05165), sections 3.2 and 3.3.
+    Source: KVCompose (2509.05165), composite tokens and the budget over layers.
     """
 
     across_layers = True

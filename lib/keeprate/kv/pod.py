@@ -28,12 +28,14 @@ class PoD(KVMethod):
         leaders: Layers that keep all keys; None = every second one. `PoD.of` finds them by similarity.
         stream: Tokens that become distant before their keys are dropped while decoding.
 
-    Source: PoD (2412.02252), section 3; without the post-training of section 3.3.
+    Source: PoD (2412.02252), sharing the keys of distant tokens between layers; without its post-training.
     """
 
     sinks: int = 4
     leaders: tuple[int, ...] | None = None
     stream: int = 64
+
+    packs = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,7 +130,7 @@ def layer_similarity(model: nn.Module, ids: torch.Tensor, rows: int = 32) -> tor
     Returns:
         [layers, layers], 1 on the diagonal.
 
-    Source: PoD (2412.02252), figure 2.
+    Source: PoD (2412.02252), similarity of attention between layers.
     """
     body = decoder(model)
     modules = [body.attention[i] for i in body.treated]

@@ -23,7 +23,7 @@ class PyramidKV(Modifier):
         base: Any eviction method; SnapKV when None, as in the paper.
         beta: Steepness; 1 gives every layer the same.
 
-    Source: PyramidKV (2406.02069), section 4.1; the published code adds the window as here.
+    Source: PyramidKV (2406.02069), budgets falling linearly with the layer; the published code adds the window as here.
     """
 
     beta: float = 20.0
@@ -55,3 +55,9 @@ class PyramidKV(Modifier):
         ends = (total + 0.5).floor().long()
         own = ends[:, -1:] - (ends[:, -2:-1] if step.layer else 0)
         return torch.minimum((own + held).clamp_min(1), lengths)
+
+    def due(self, step: Step) -> torch.Tensor:
+        return EvictMethod.due(self, step)  # by this method's target, not the base's
+
+    def counts(self, step: Step, scores: torch.Tensor) -> torch.Tensor:
+        return EvictMethod.counts(self, step, scores)

@@ -24,7 +24,7 @@ class Quest(ReadMethod):
         page: Tokens a page.
         skip: First layers that read everything.
 
-    Source: Quest (2406.10774), section 3.3.
+    Source: Quest (2406.10774), upper bounds of pages from channel-wise minima and maxima.
     """
 
     page: int = 16

@@ -1,4 +1,4 @@
-"""RCStat (relative contextualisation): how far a key's logits rise above those the segment gives itself."""
+"""RCStat (2506.19549): how far a key's logits rise above those the segment gives itself."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class RCStat(EvictMethod):
         window: Rows of the last segment; its tokens stay.
         floor: Share of the even budget every head is sure of.
 
-    Source: RCStat, abstract; formula reconstructed.
+    Source: RCStat (2506.19549), abstract; formula reconstructed.
     """
 
     window: int = 32

@@ -24,7 +24,7 @@ class Scissorhands(EvictMethod):
         recent: Last tokens that stay.
         drop: Share of the budget that is dropped beyond it.
 
-    Source: Scissorhands (2305.17118), algorithms 1 and 2.
+    Source: Scissorhands (2305.17118), importance counted over a window of rows.
     """
 
     when = "decode"
@@ -69,7 +69,7 @@ class Scissorhands(EvictMethod):
         return against if step.real is None else against & step.real[:, None, -rows:, None]
 
     def score(self, step: Step) -> torch.Tensor:
-        return -_bits(step.cache.carry("votes", -(-self.history // 8), dtype=torch.uint8))
+        return self.history - _bits(step.cache.carry("votes", -(-self.history // 8), dtype=torch.uint8))
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

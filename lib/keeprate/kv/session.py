@@ -107,18 +107,18 @@ class KVSession(Listener):
         self.method, self.body, self.masked, self.turns = method, body, masked, turns
         self.number = {body.attention[i]: place for place, i in enumerate(body.treated)}
         self.evicts = isinstance(method, EvictMethod)
-        inner = method
-        while isinstance(inner, Modifier):
-            inner = inner.base
-        folds = type(inner).fold is not KVMethod.fold
+        chain = [method]
+        while isinstance(chain[-1], Modifier):
+            chain.append(chain[-1].base)
         self.attends = type(method).attend is not KVMethod.attend
-        self.idle = self.evicts and method.when == "prefill" and not folds  # nothing to do at a decode step
-        own = {getattr(type(method), name) for name in ("due", "counts", "target")}
-        own |= {getattr(type(inner), name) for name in ("due", "counts", "target")}
-        plain = {getattr(cls, name) for name in ("due", "counts", "target") for cls in (EvictMethod, Modifier)}
+        # nothing to do at a decode step
+        self.idle = self.evicts and method.when == "prefill" and type(chain[-1]).fold is KVMethod.fold
         # at a decode step every head holds its plain budget, and one more token
-        self.steady = self.evicts and method.when == "decode" and own <= plain and method.rest == "drop"
-        self.steady = self.steady and not masked and not method.budget.ragged
+        self.steady = self.evicts and method.when == "decode" and not method.packs and not method.budget.ragged
+        if self.steady:
+            own = {getattr(type(part), name) for part in chain for name in ("due", "counts", "target")}
+            plain = {getattr(cls, name) for name in ("due", "counts", "target") for cls in (EvictMethod, Modifier)}
+            self.steady = own <= plain and not masked
         self.generator = torch.Generator().manual_seed(seed)
         self.trace = KVTrace(repr(method), body.treated)
         self.common: dict[str, Any] = {}
@@ -213,12 +213,14 @@ class KVSession(Listener):
                 if layer.get_seq_length():
                     ours.update(layer.keys, layer.values)
                     zero = torch.zeros(len(layer.keys), dtype=torch.long, device=layer.keys.device)
-                    ours.extra = {"start": zero, "lengths": zero + ours.seen}
+                    ours.extra = {"start": zero, "aligned": True, "lengths": zero + ours.seen}
                     ours.note_positions(torch.arange(ours.seen, device=layer.keys.device)[None])
                 cache.layers[i] = layer = ours
             if layer.owner is not self:
                 layer.owner, layer.masked, layer.state = self, self.masked, {}
-                layer.extra = {name: layer.extra[name] for name in ("start", "lengths") if name in layer.extra}
+                layer.extra = {
+                    name: layer.extra[name] for name in ("start", "aligned", "lengths") if name in layer.extra
+                }
 
     def _after(self, body: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.replaying or not self.evicts:
@@ -303,6 +305,7 @@ class KVSession(Listener):
             cache.mark_padding(self.real)
         if "start" not in cache.extra:
             begin = torch.zeros_like(self.common["lengths"])
+            cache.extra["aligned"] = self.real is None
             cache.extra["start"] = begin if self.real is None else self.real.to(torch.uint8).argmax(1)
         cache.extra["lengths"] = self.common["lengths"]
 

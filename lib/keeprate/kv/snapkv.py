@@ -23,7 +23,7 @@ class SnapKV(EvictMethod):
         kernel: Width of the pooling, odd.
         pooling: "avg" or "max".
 
-    Source: SnapKV (2404.14469), section 4 and listing 1.
+    Source: SnapKV (2404.14469), observation window and clustering by pooling.
     """
 
     window: int = 32

@@ -20,7 +20,7 @@ class StreamingLLM(EvictMethod):
         keep: See `EvictMethod`.
         sinks: First tokens that stay.
 
-    Source: StreamingLLM (2309.17453), section 3.2.
+    Source: StreamingLLM (2309.17453), rolling cache with attention sinks.
     """
 
     when = "decode"

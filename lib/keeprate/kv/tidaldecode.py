@@ -21,7 +21,7 @@ class TidalDecode(ReadMethod):
         start: First layer that chooses, from 0.
         correction: Layer that chooses anew; None = 9/32 of the depth, the paper's for LLaMA-2-7B, if behind `start`.
 
-    Source: TidalDecode (2410.05076), section 3 and algorithm 1.
+    Source: TidalDecode (2410.05076), position persistent sparse attention.
     """
 
     start: int = 2

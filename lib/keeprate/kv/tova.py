@@ -16,7 +16,7 @@ class TOVA(EvictMethod):
     Args:
         keep: See `EvictMethod`.
 
-    Source: TOVA (2401.06104), section 3.2.
+    Source: Transformers are Multi-State RNNs (2401.06104), token omission via attention.
     """
 
     when = "decode"

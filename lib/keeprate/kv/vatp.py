@@ -20,7 +20,7 @@ class VATP(Modifier):
         base: Any eviction method with non-negative scores; H2O when None. The paper's other one is Scissorhands.
         sinks: First tokens that stay.
 
-    Source: VATP (2406.12335), equation 4 and section 3.3.
+    Source: VATP (2406.12335), attention score times the l1 norm of the value.
     """
 
     sinks: int = 20

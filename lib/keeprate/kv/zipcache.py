@@ -29,7 +29,7 @@ class ZipCache(KVMethod):
         normalise: "visible" divides by the probe rows that see a token, the paper's rule; "causal" by all rows that
             could, n - k, as the published code; "none" not at all, the raw column sum.
 
-    Source: ZipCache (2405.14256), equations 8 and 9, section 4.3.
+    Source: ZipCache (2405.14256), normalised attention of probe rows, channel-separable token-wise quantisation.
     """
 
     keep: float = 0.6
@@ -37,6 +37,8 @@ class ZipCache(KVMethod):
     probes: float = 0.1
     stream: int = 100
     normalise: str = "visible"
+
+    packs = True
 
     def __post_init__(self):
         super().__post_init__()
