@@ -173,7 +173,7 @@ def pooled_counts(
     Returns:
         [b, g] counts that sum to total, or to all tokens there are, or to what is protected where that is more.
 
-    Source: Ada-KV (2407.11550), algorithm 1; the sure part is its safeguard.
+    Source: Ada-KV (2407.11550), adaptive budgets over heads; the sure part is its safeguard.
     """
     b, g, n = scores.shape
     there = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid

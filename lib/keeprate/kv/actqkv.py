@@ -33,7 +33,7 @@ class ActQKV(ReadMethod):
         least: Fewest blocks.
         adaptive: Scale the number of blocks by twice the normalised entropy, at most to the budget.
 
-    Source: ActQKV (2502.13542), activation bias and probe query; the authors' defaults are 64 first and 512 last tokens.
+    Source: ActQKV (2502.13542), probe query; the authors' defaults are 64 first and 512 last tokens.
     """
 
     block: int = 32

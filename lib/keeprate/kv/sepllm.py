@@ -26,7 +26,7 @@ class SepLLM(EvictMethod):
         initial: First tokens that stay.
         most: Separators kept at most, the newest ones; None = half of the budget.
 
-    Source: SepLLM (2412.12094), initial, separator and neighbouring tokens; the authors' separators are . , ? ! ; : space, tab and newline.
+    Source: SepLLM (2412.12094), whose separators are . , ? ! ; : space, tab and newline.
     """
 
     when = "decode"

@@ -26,7 +26,7 @@ class TokenSelect(ReadMethod):
         similarity: Threshold of reuse; -1 never chooses again, above 1 always does.
         vote: "soft" (the paper's), "hard" (how many heads have it among their best) or "logits" (their sum).
 
-    Source: TokenSelect (2411.02886), head soft vote and selection cache; the authors' defaults are 128 first and 512 last tokens.
+    Source: TokenSelect (2411.02886), head soft vote; the authors' defaults are 128 first and 512 last tokens.
     """
 
     initial: int = 128
