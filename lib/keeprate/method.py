@@ -73,7 +73,7 @@ def methods(family: str | None = None) -> pd.DataFrame:
             row |= {"arxiv": paper.get("arxiv") or "", "year": paper.get("year")}
             rows.append(row | {"architectures": ", ".join(cls.architectures())})
     columns = ["name", "family", "paper", "arxiv", "year", "kind", "needs", "architectures", "reconstructed"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({"year": "Int64"})  # a baseline has no year
 
 
 def papers() -> dict[str, dict[str, Any]]:
