@@ -35,7 +35,7 @@ def test_manifest_and_folder_agree(monkeypatch):
 
 @notebook
 def test_name(path: Path):
-    assert re.fullmatch(r"\d\d(_[a-z0-9]+){2,}", path.stem), "NN_family_topic, lower snake case"
+    assert re.fullmatch(r"\d\d(_[a-z0-9]+)+", path.stem), "NN_family_topic, lower snake case; NN_family for all of it"
 
 
 @notebook

@@ -65,7 +65,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Least milliseconds of several calls: whatever else ran can only have slowed them."""
-    return race([call], device, repeats=10, seconds_budget=3.0, kernels=True).min()
+    return float(race([call], device, repeats=10, seconds_budget=3.0, kernels=True).min())
 
 
 def _copy_gbs(size: int, device: torch.device) -> float:
