@@ -7,7 +7,7 @@ import torch
 from keeprate.check import number, whole
 from keeprate.kv.base import EvictMethod, Step
 from keeprate.method import register
-from keeprate.select import pooled_counts
+from keeprate.select import pooled_counts, ragged_heads
 
 
 @register(kind="eviction", needs=("attention logits",), reconstructed=True)
@@ -49,8 +49,9 @@ class RCStat(EvictMethod):
 
     def score(self, step: Step) -> torch.Tensor:
         logits = step.logits(self.window)  # b h r n
-        inside = step.recent(self.window)[:, :1, None]  # keys of the segment, the same for every head while filling
-        own = logits.masked_fill(~inside, float("-inf")).flatten(2)
+        # the segment's own keys are in every head, for they stay; only their columns are draws of W
+        inside = ragged_heads(step.recent(self.window)).index.repeat_interleave(logits.shape[1] // step.groups, 1)
+        own = logits.gather(3, inside[:, :, None].expand(-1, -1, logits.shape[2], -1)).flatten(2)
         excess = above(logits.flatten(2), own).view_as(logits).mean(2)
         excess = step.by_kv_head(excess)
         before = ~step.recent(self.window)

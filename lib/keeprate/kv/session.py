@@ -36,7 +36,6 @@ class KVTrace:
     read: list[dict[str, int]] = field(default_factory=list)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # layer -> arrival numbers last read
     scores: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # layer -> [b, g, seen] at compression
-    _caches: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet, repr=False)
     _last: Any = field(default=None, repr=False)
 
     @property
