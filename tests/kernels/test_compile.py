@@ -10,9 +10,9 @@ import sys
 import pytest
 
 import keeprate_kernels
-from keeprate_kernels.runtime import CompileSpec
+from keeprate_kernels.runtime import HAS_TRITON, CompileSpec
 
-from .checks import needs_triton
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 
 # Compute capability: shared memory one program may have, in bytes (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability).
