@@ -7,6 +7,12 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -15,7 +21,7 @@ from transformers import (
 )
 
 import keeprate as kr
-from keeprate.anatomy import ARCHITECTURES, anatomy, grid_of, quarters, supported
+from keeprate.anatomy import ARCHITECTURES, DECODERS, anatomy, decoder, grid_of, quarters, supported
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -139,3 +145,52 @@ def test_what_is_no_vision_model_is_named_with_all_that_are(given):
 
 def test_names_are_unique():
     assert len(set(supported())) == len(ARCHITECTURES) == len({row.tower for row in ARCHITECTURES})
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def test_a_decoder_says_what_its_cache_looks_like():
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    body = decoder(model)
+    assert (body.name, body.heads, body.kv_heads, body.head_dim) == ("llama", 4, 2, 4)
+    assert body.body is model.model and body.attention == tuple(layer.self_attn for layer in model.model.layers)
+    assert body.treated == (0, 1, 2)
+    cos, sin = body.rotary(torch.tensor([[0, 5]]), 0)
+    assert cos.shape == sin.shape == (1, 2, 4)
+    assert torch.equal(cos[0, 0], torch.ones(4)) and torch.equal(sin[0, 0], torch.zeros(4))
+
+
+def test_a_decoder_is_found_inside_and_its_head_dim_may_be_its_own():
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, head_dim=6))
+    assert decoder(torch.nn.Sequential(model)).head_dim == 6
+    assert decoder(model.model).body is model.model
+
+
+def test_layers_with_a_window_are_left_alone():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**TEXT, head_dim=4, layer_types=kinds, sliding_window=8)
+    body = decoder(Gemma3TextModel(config))
+    assert body.treated == (0, 2) and len(body.attention) == 3
+    position = torch.tensor([[3]])
+    assert not torch.equal(body.rotary(position, 0)[0], body.rotary(position, 1)[0]), "each kind turns at its own speed"
+
+
+def test_a_decoder_with_windows_alone_has_nothing_to_shorten():
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"):
+        decoder(MistralModel(MistralConfig(**TEXT, sliding_window=8)))
+    assert decoder(MistralModel(MistralConfig(**TEXT, sliding_window=None))).treated == (0, 1, 2)
+
+
+def test_what_is_no_language_model_is_named_with_all_that_are():
+    with pytest.raises(ValueError, match="Linear must hold exactly one decoder") as error:
+        decoder(torch.nn.Linear(2, 2))
+    assert all(name in str(error.value) for name in DECODERS)
+    two = torch.nn.ModuleList([LlamaForCausalLM(LlamaConfig(**TEXT)) for _ in range(2)])
+    with pytest.raises(ValueError, match="found LlamaModel, LlamaModel"):
+        decoder(two)

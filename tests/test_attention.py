@@ -362,3 +362,51 @@ def test_closing_by_gate_equals_dropping(request, name, pixels, only_open):
         with Gated(gate, only_open)(model, masked=True):
             closed = model(pixel_values=pixels).logits
     torch.testing.assert_close(closed, dropped, atol=1e-3, rtol=1e-3)
+
+
+# --- the last rows ----------------------------------------------------------------------------------------------------
+
+
+def last_rows_view(kind: str) -> AttentionView:
+    """Five queries behind four cached tokens: causal, or with a mask of either kind, per sample or for all rows."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=g) for heads, n in ((4, 5), (2, 9), (2, 9)))
+    causal = torch.ones(5, 9, dtype=torch.bool).tril(4)[None, None]
+    padding = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    padding[1, ..., :2] = False
+    mask = {"causal": None, "padding": padding, "bool": causal & padding}.get(kind)
+    if kind == "additive":
+        mask = torch.zeros(2, 1, 5, 9).masked_fill(~(causal & padding), float("-inf"))
+    return AttentionView(
+        q, k, v, mask, 8**-0.5, causal=kind in ("causal", "padding"), position_ids=torch.arange(4, 9)[None]
+    )
+
+
+@pytest.mark.parametrize("kind", ["causal", "padding", "bool", "additive"])
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9])
+def test_tail_is_the_last_rows(kind, count):
+    view = last_rows_view(kind)
+    part = view.tail(count)
+    count = min(count, 5)
+    assert torch.equal(part.q, view.q[:, :, -count:]) and part.k is view.k and part.v is view.v
+    assert part.position_ids.tolist() == [list(range(9 - count, 9))]
+    torch.testing.assert_close(part.probs(), view.probs()[:, :, -count:])
+    torch.testing.assert_close(part.probs(), view.rows(list(range(5 - count, 5))))
+    torch.testing.assert_close(part.received(), view.probs()[:, :, -count:].sum(2))
+
+
+@pytest.mark.parametrize("kind", ["causal", "padding", "bool", "additive"])
+def test_probs_are_softmax_over_what_a_row_may_see(kind):
+    view = last_rows_view(kind)
+    seen = torch.ones(2, 5, 9, dtype=torch.bool).tril(4)
+    if kind != "causal":
+        seen[1, :, :2] = False
+    got = view.probs()
+    assert got.dtype == torch.float32 and got.shape == (2, 4, 5, 9)
+    for i in range(2):
+        for h in range(4):
+            for r in range(5):
+                logits = (view.k[i, h // 2] @ view.q[i, h, r]) * view.scaling
+                want = torch.zeros(9)
+                want[seen[i, r]] = logits[seen[i, r]].softmax(-1)
+                torch.testing.assert_close(got[i, h, r], want)

@@ -145,3 +145,45 @@ def test_allocate_gives_more_to_the_group_with_the_high_scores():
 def test_budgets_are_values():
     assert Budget(keep=0.5) == Budget(keep=0.5) and hash(Budget(keep=0.5)) == hash(Budget.of(0.5))
     assert eval(repr(Budget(schedule=(0.5, 3)))) == Budget(schedule=(0.5, 3))
+
+
+@quick
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=5), st.floats(0.01, 1.0), st.integers(1, 3))
+def test_each_is_a_share_of_every_length_at_every_stage(lengths, keep, stage):
+    counts = Budget(keep=keep).each(torch.tensor(lengths), stage)
+    for length, count in zip(lengths, counts.tolist(), strict=True):
+        assert 1 <= count <= length and count <= length * keep + 1 and count > length * keep - 1
+    assert counts.tolist() == [Budget(keep=keep).of_length(length, stage) for length in lengths]
+
+
+@quick
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(1, 60))
+def test_each_never_asks_for_more_than_there_is(lengths, tokens):
+    counts = Budget(tokens=tokens).each(torch.tensor(lengths))
+    assert counts.tolist() == [min(tokens, length) for length in lengths]
+    assert counts.tolist() == [Budget(tokens=tokens).of_length(length) for length in lengths]
+
+
+def test_each_does_not_lose_a_token_to_rounding():
+    lengths = torch.arange(10, 2001, 10)
+    for tenth in range(1, 11):
+        budget = Budget(keep=tenth / 10)
+        assert torch.equal(budget.each(lengths), lengths * tenth // 10)
+        assert [budget.of_length(n) for n in lengths.tolist()] == (lengths * tenth // 10).tolist()
+
+
+def test_each_reads_a_schedule_by_stage():
+    budget = Budget(schedule=(0.5, 7))
+    lengths = torch.tensor([20, 5])
+    assert budget.each(lengths, 1).tolist() == [10, 2] and budget.each(lengths, 2).tolist() == [7, 5]
+    assert budget.of_length(20, 1) == 10 and budget.of_length(5, 2) == 5
+    for ask in (budget.each, lambda lengths, stage: budget.of_length(20, stage)):
+        with pytest.raises(ValueError, match="2 entries but reduction 3"):
+            ask(lengths, 3)
+
+
+@pytest.mark.parametrize("budget", [Budget(coverage=0.9), Budget(threshold=0.1)])
+def test_each_cannot_know_what_depends_on_scores(budget):
+    for ask in (lambda: budget.each(torch.tensor([9])), lambda: budget.of_length(9)):
+        with pytest.raises(ValueError, match="before scores are known"):
+            ask()

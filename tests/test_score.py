@@ -196,3 +196,85 @@ def test_radial_is_the_distance_to_the_centre(rows, cols, norm):
 def test_confidence_is_the_largest_probability():
     logits = rand(0, 2, 5, 3)
     torch.testing.assert_close(score.confidence(logits), logits.softmax(-1).max(-1).values)
+
+
+# --- cached keys and values -------------------------------------------------------------------------------------------
+
+
+@quick
+@given(seeds, small, small, small, st.sampled_from(["mean", "sum", "max"]))
+def test_by_kv_head_reduces_neighbouring_query_heads(seed, b, g, r, reduce):
+    x = rand(seed, b, g * r, 4, 3)
+    got = score.by_kv_head(x, g, reduce)
+    for i in range(g):
+        part = [x[:, j] for j in range(g * r) if j // r == i]
+        want = {"mean": sum(part) / r, "sum": sum(part), "max": torch.stack(part).amax(0)}[reduce]
+        torch.testing.assert_close(got[:, i], want)
+
+
+def test_by_kv_head_refuses_what_cannot_be_shared():
+    with pytest.raises(ValueError, match=r"5 query heads .* 2 KV heads"):
+        score.by_kv_head(torch.zeros(1, 5, 3), 2)
+    with pytest.raises(ValueError, match="'median'"):
+        score.by_kv_head(torch.zeros(1, 4, 3), 2, "median")
+
+
+@quick
+@given(seeds, small, st.integers(1, 12), st.sampled_from([1, 3, 5, 9]), st.sampled_from(["avg", "max"]), st.booleans())
+def test_pool_matches_a_loop(seed, b, n, kernel, mode, padding):
+    x = rand(seed, b, 2, n)
+    valid = rand(seed + 1, b, 2, n) > -0.5 if padding else None
+    got = score.pool(x, kernel, mode, valid)
+    assert got.shape == x.shape and got.dtype == torch.float32
+    for i in range(b):
+        for h in range(2):
+            for k in range(n):
+                around = range(max(0, k - kernel // 2), min(n, k + kernel // 2 + 1))
+                near = [j for j in around if valid is None or valid[i, h, j]]
+                if near:
+                    part = x[i, h, near]
+                    want = part.mean() if mode == "avg" else part.amax()
+                    torch.testing.assert_close(got[i, h, k], want, rtol=1e-4, atol=1e-5)
+
+
+def test_pool_does_not_read_what_does_not_exist():
+    x = torch.tensor([[1.0, float("nan"), 3.0, float("inf"), 5.0]])
+    got = score.pool(x, 3, "avg", x.isfinite())
+    torch.testing.assert_close(got, torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
+
+
+@pytest.mark.parametrize("kernel", [0, 2, -3, 1.0, True])
+def test_pool_needs_a_middle(kernel):
+    with pytest.raises(ValueError, match="kernel must be an odd number"):
+        score.pool(torch.zeros(1, 4), kernel)
+
+
+def test_pool_refuses_an_unknown_mode():
+    with pytest.raises(ValueError, match="'median'"):
+        score.pool(torch.zeros(1, 4), 3, "median")
+
+
+@quick
+@given(seeds, small, small, st.integers(2, 9), st.integers(1, 5), st.floats(0.5, 20))
+def test_eviction_error_is_the_change_of_the_output(seed, b, g, n, d, factor):
+    weight, v = rand(seed, b, g, n).softmax(-1), rand(seed + 1, b, g, n, d)
+    a, v64 = weight.double(), v.double()
+    output = (a[..., None] * v64).sum(2)
+    got = score.eviction_error(factor * weight, v)  # weights need not be normalised
+    for j in range(n):
+        left = [i for i in range(n) if i != j]
+        rest = a[..., left] / a[..., left].sum(-1, keepdim=True)
+        moved = ((rest[..., None] * v64[:, :, left]).sum(2) - output).norm(dim=-1)
+        torch.testing.assert_close(got[..., j].double(), moved, rtol=1e-3, atol=1e-4)
+
+
+def test_eviction_error_of_a_token_nobody_reads_is_zero():
+    weight = torch.tensor([[[0.5, 0.0, 0.5]]])
+    got = score.eviction_error(weight, rand(0, 1, 1, 3, 4))
+    assert got[0, 0, 1] == 0 and bool((got[0, 0, [0, 2]] > 0).all())
+
+
+def test_eviction_error_takes_another_output():
+    weight, v, output = rand(0, 1, 2, 5).softmax(-1), rand(1, 1, 2, 5, 3), rand(2, 1, 2, 3)
+    want = weight / (1 - weight) * (output[:, :, None] - v).norm(dim=-1)
+    torch.testing.assert_close(score.eviction_error(weight, v, output), want, rtol=1e-4, atol=1e-5)

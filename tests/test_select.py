@@ -477,3 +477,105 @@ def test_samples_of_a_batch_are_independent(how):
     for a, b in zip(run(x), run(other), strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
         assert torch.equal(run(x[:1])[0], run(x)[0][:1])
+
+
+# --- by head ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def headed(draw):
+    """Scores [b, g, n] with ties, counts [b, g], a mask of what is protected and one of what exists."""
+    b, g, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    rng = generator(draw(seeds))
+    valid = torch.rand(b, g, n, generator=rng) < 0.8
+    valid[..., -1] = True
+    scores = torch.randint(0, 5, (b, g, n), generator=rng).float()
+    protect = torch.rand(b, g, n, generator=rng) < 0.2
+    return scores, torch.randint(1, n + 1, (b, g), generator=rng), protect, valid
+
+
+def best_slots(scores: torch.Tensor, first: torch.Tensor, there: torch.Tensor, count: int) -> list[int]:
+    """The slots of one head that are protected, then those of the highest scores, earlier ones first among equals."""
+    slots = [j for j in range(len(scores)) if there[j]]
+    return sorted(slots, key=lambda j: (not first[j], -float(scores[j]), j))[:count]
+
+
+@quick
+@given(headed(), st.booleans(), st.booleans())
+def test_keep_top_takes_the_protected_then_the_best(case, shield, padding):
+    scores, counts, protect, valid = case
+    protect, valid = protect if shield else None, valid if padding else None
+    kept = select.keep_top(scores, counts, protect, valid)
+    b, g, n = scores.shape
+    for i in range(b):
+        for h in range(g):
+            there = torch.ones(n, dtype=torch.bool) if valid is None else valid[i, h]
+            first = torch.zeros(n, dtype=torch.bool) if protect is None else protect[i, h] & there
+            count = max(int(first.sum()), min(int(counts[i, h]), int(there.sum())))
+            real = torch.ones_like(kept.index[i, h], dtype=torch.bool) if kept.valid is None else kept.valid[i, h]
+            got = kept.index[i, h][real].tolist()
+            assert got == sorted(best_slots(scores[i, h], first, there, count))
+            assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
+    assert kept.valid is None or not bool(kept.valid.all())
+
+
+def test_keep_top_refuses_nan_among_tokens_only():
+    scores = torch.zeros(2, 1, 3)
+    scores[1, 0, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        select.keep_top(scores, torch.ones(2, 1, dtype=torch.long))
+    kept = select.keep_top(scores, torch.full((2, 1), 3), valid=~scores.isnan())
+    assert kept.mask(3).tolist() == [[[True] * 3], [[True, True, False]]]
+
+
+def test_keep_top_broadcasts_what_is_protected():
+    kept = select.keep_top(
+        torch.arange(6.0).expand(2, 3, 6), torch.full((2, 3), 3), torch.tensor([1, 0, 0, 0, 0, 0]).bool()[None, None]
+    )
+    assert bool((kept.index == torch.tensor([0, 4, 5])).all()) and kept.valid is None
+
+
+@quick
+@given(headed())
+def test_kept_mask_and_ragged_heads_are_inverse(case):
+    keep = case[2]
+    keep[0, 0, 0] = True  # one head at least has something
+    kept = select.ragged_heads(keep)
+    assert torch.equal(kept.mask(keep.shape[-1]), keep)
+    assert kept.index.shape[-1] == int(keep.sum(-1).max())
+    for row, there in zip(
+        kept.index.flatten(0, 1), kept.mask(keep.shape[-1]).flatten(0, 1).sum(-1).tolist(), strict=True
+    ):
+        assert row.unique().numel() == row.numel(), "padding is no slot twice"
+        assert (row[:there].diff() > 0).all()
+
+
+def test_kept_mask_leaves_padding_out():
+    index = torch.tensor([[2, 4, 0], [1, 1, 1]])
+    assert select.Kept(index[:1]).mask(5).tolist() == [[True, False, True, False, True]]
+    padded = select.Kept(index, torch.tensor([[True, True, False], [True, False, False]]))
+    assert padded.mask(5).tolist() == [[False, False, True, False, True], [False, True, False, False, False]]
+
+
+@quick
+@given(headed(), st.booleans(), st.booleans(), st.data())
+def test_pooled_counts_follow_a_greedy_loop(case, shield, padding, data):
+    scores, _, protect, valid = case
+    protect, valid = protect if shield else None, valid if padding else None
+    b, g, n = scores.shape
+    scores = scores + torch.arange(b * g * n).view(b, g, n) / 1e4  # no ties: how they break among heads is no promise
+    sure = torch.randint(0, n + 1, (b, g), generator=generator(data.draw(seeds)))
+    total = torch.randint(1, g * n + 1, (b,), generator=generator(data.draw(seeds)))
+    counts = select.pooled_counts(scores, total, sure, protect, valid)
+    for i in range(b):
+        held, pool = [], []
+        for h in range(g):
+            there = torch.ones(n, dtype=torch.bool) if valid is None else valid[i, h]
+            first = torch.zeros(n, dtype=torch.bool) if protect is None else protect[i, h] & there
+            order = best_slots(scores[i, h], first, there, n)
+            least = max(int(first.sum()), min(int(sure[i, h]), len(order)))
+            held.append(least)
+            pool += [(float(scores[i, h, j]), h) for j in order[least:]]
+        for _, h in sorted(pool, reverse=True)[: max(0, int(total[i]) - sum(held))]:
+            held[h] += 1
+        assert counts[i].tolist() == held
