@@ -26,6 +26,7 @@ PREFILL = (
     kv.KNorm(keep=0.25),
     kv.AdaKV(keep=0.25, base=kv.SnapKV(window=4)),
     kv.PyramidKV(keep=0.5, base=kv.SnapKV(window=4)),
+    kv.KVCompose(keep=0.25),
 )
 DECODE = (kv.H2O(keep=12), kv.TOVA(keep=0.25), kv.StreamingLLM(keep=0.25))
 

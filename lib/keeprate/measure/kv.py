@@ -106,6 +106,7 @@ class Prefill:
         ids: [b, n], without padding.
         views: What each attention layer saw; None = this layer holds no prompt.
         logits: [b, v] behind the prompt.
+        again: What the layers saw when the prompt was read a second time behind itself; filled when a method asks.
     """
 
     model: nn.Module = field(repr=False)
@@ -113,6 +114,7 @@ class Prefill:
     ids: torch.Tensor = field(repr=False)
     views: tuple[AttentionView | None, ...] = field(repr=False)
     logits: torch.Tensor = field(repr=False)
+    again: dict[nn.Module, AttentionView] = field(default_factory=dict, repr=False, compare=False)
 
     def full(self) -> DynamicCache:
         """A cache of transformers' own with every key and value; it shares memory until it grows."""
@@ -167,7 +169,18 @@ class Prefill:
                 if session.attend(module, seen) is not None:
                     return False
                 session.fold(module, seen)
-        session._after(self.body.body, (), given, None)
+
+        def second_reading(**_: Any) -> None:
+            """In place of the model, for methods that read the prompt twice."""
+            if not self.again:
+                watch = _Record()
+                with listen(self.model, watch, list(session.number)):
+                    self.model(self.ids, past_key_values=self.full(), logits_to_keep=1)
+                self.again.update(watch.views)
+            for module, view in self.again.items():
+                session.fold(module, view)
+
+        session._after(second_reading, (), given, None)
         return True
 
 
@@ -442,7 +455,35 @@ def _mask(kept: torch.Tensor, n: int) -> torch.Tensor:
     return blank.scatter(2, torch.where((kept >= 0) & (kept < n), kept, n), True)[..., :n]
 
 
-def recall_at_budget(kept: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Judge:
+    """A truth with its orders, which many methods are compared with.
+
+    Attributes:
+        worth: For every layer [b, g, n] how much each token matters.
+        place: Its place when the most important come first, 0 = the most important; ties go to the earlier token.
+        rank: Its rank from below, ties share their mean.
+    """
+
+    worth: Scores
+    place: Scores
+    rank: Scores
+
+    @classmethod
+    def of(cls, truth: Sequence[torch.Tensor]) -> "Judge":
+        """Order a truth: for every layer [b, g, n], higher = matters more."""
+        worth = [x.float().contiguous() for x in truth]
+        place = [x.argsort(dim=-1, descending=True, stable=True).argsort(-1) for x in worth]
+        return cls(worth, place, [_rank(x) for x in worth])
+
+    def layers(self, which: Sequence[int]) -> "Judge":
+        """Some of the layers."""
+        return Judge(*([parts[i] for i in which] for parts in (self.worth, self.place, self.rank)))
+
+
+def recall_at_budget(
+    kept: Sequence[torch.Tensor], truth: Sequence[torch.Tensor] | Judge
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How much of what matters was kept, against the best choice of as many tokens per head.
 
     Args:
@@ -456,13 +497,13 @@ def recall_at_budget(kept: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
     Raises:
         ValueError: If the layers do not pair up.
     """
-    _check_layers(kept, truth)
+    judge = truth if isinstance(truth, Judge) else Judge.of(truth)
+    _check_layers(kept, judge.worth)
     shares, masses = [], []
-    for held, matter in zip(kept, truth, strict=True):
-        mask = _mask(held, matter.shape[-1])
+    for held, worth, place in zip(kept, judge.worth, judge.place, strict=True):
+        mask = _mask(held, worth.shape[-1])
         budget = mask.sum(-1, keepdim=True)
-        best = matter.argsort(dim=-1, descending=True, stable=True).argsort(-1) < budget
-        worth = matter.float().clamp_min(0.0)
+        best, worth = place < budget, worth.clamp_min(0.0)
         shares.append(((mask & best).sum(-1) / budget.squeeze(-1).clamp_min(1)).mean(1))
         masses.append(((worth * mask).sum(-1) / (worth * best).sum(-1).clamp_min(1e-30)).mean(1))
     return torch.stack(shares).mean(0), torch.stack(masses).mean(0)
@@ -488,7 +529,7 @@ def votes(kept: Sequence[torch.Tensor], n: int) -> torch.Tensor:
     return torch.stack([_mask(held, n).float().mean(1) for held in kept]).mean(0)
 
 
-def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> torch.Tensor:
+def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tensor] | Judge) -> torch.Tensor:
     """Spearman correlation of a method's scores with the truth, mean over layers and heads.
 
     Args:
@@ -501,12 +542,16 @@ def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tenso
     Raises:
         ValueError: If the layers do not pair up.
     """
-    _check_layers(scores, truth)
+    judge = truth if isinstance(truth, Judge) else Judge.of(truth)
+    _check_layers(scores, judge.worth)
     rhos = []
-    for score, matter in zip(scores, truth, strict=True):
-        score = score[..., : matter.shape[-1]].double()
+    for score, worth, rank in zip(scores, judge.worth, judge.rank, strict=True):
+        score = score[..., : worth.shape[-1]].float()
         there = score.isfinite()
-        a, b = (_rank(x.double().masked_fill(~there, float("inf"))).masked_fill(~there, 0.0) for x in (score, matter))
+        if bool(there.all()):
+            a, b = _rank(score), rank
+        else:
+            a, b = (_rank(x.masked_fill(~there, float("inf"))) * there for x in (score, worth))
         count = there.sum(-1, keepdim=True).clamp_min(1)
         a, b = ((x - x.sum(-1, keepdim=True) / count) * there for x in (a, b))
         scale = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
@@ -515,10 +560,15 @@ def rank_correlation(scores: Sequence[torch.Tensor], truth: Sequence[torch.Tenso
 
 
 def _rank(x: torch.Tensor) -> torch.Tensor:
-    """Ranks along the last axis, ties share their mean."""
-    ordered = x.sort(-1).values
-    below, upto = (torch.searchsorted(ordered, x.contiguous(), right=right) for right in (False, True))
-    return (below + upto).double() / 2
+    """Ranks along the last axis, ties share their mean: places of a sort, averaged over each run of equal values."""
+    n = x.shape[-1]
+    ordered, index = x.sort(-1)
+    place = torch.arange(n, device=x.device).expand_as(x)
+    new = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)  # where a run begins
+    first = place.masked_fill(~new, 0).cummax(-1).values
+    ends = F.pad(new[..., 1:], (0, 1), value=True)
+    last = place.masked_fill(~ends, n).flip(-1).cummin(-1).values.flip(-1)
+    return torch.empty_like(x, dtype=torch.double).scatter_(-1, index, (first + last).double() / 2)
 
 
 def _check_layers(given: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
@@ -631,6 +681,7 @@ def study(
         m = future.shape[1]  # a single token is predicted by the prompt's own last row: no loss to explain
         here = [key for key in asked if m > 1 or key in ATTENTION_TRUTHS]
         goal = truths(begin, future, max(1, min(part.answer.shape[1], m - 1)), here)
+        judges = {key: Judge.of(goal[key]) for key in truth if key in goal}
         whole_cache = _continue(begin, begin.full(), future, outputs=True)
         holds = F.pad(part.truth, (0, cached.shape[1] - part.truth.shape[1]))
         for name, method in methods.items():
@@ -639,14 +690,16 @@ def study(
             layers = sorted(kept)
             held = [kept[i] for i in layers]
             columns["found"] = found(held, holds)
+            places = [begin.body.treated.index(i) for i in layers]
+            scored = [(scores[i], place) for i, place in zip(layers, places, strict=True) if i in scores]
             for key in truth:
-                if key not in goal:
-                    columns |= dict.fromkeys((f"recall_{key}", f"mass_{key}", f"correlation_{key}"), float("nan"))
-                    continue
-                aim = [goal[key][begin.body.treated.index(i)] for i in layers]
-                columns[f"recall_{key}"], columns[f"mass_{key}"] = recall_at_budget(held, aim)
-                ranked = [(scores[i], t) for i, t in zip(layers, aim, strict=True) if i in scores]
-                columns[f"correlation_{key}"] = rank_correlation(*zip(*ranked, strict=True)) if ranked else float("nan")
+                recalls, rho = (float("nan"), float("nan")), float("nan")
+                if key in judges:
+                    recalls = recall_at_budget(held, judges[key].layers(places))
+                if key in judges and scored:
+                    ranked, which = zip(*scored, strict=True)
+                    rho = rank_correlation(ranked, judges[key].layers(which))
+                columns |= {f"recall_{key}": recalls[0], f"mass_{key}": recalls[1], f"correlation_{key}": rho}
             told = {"method": name, "sample": range(first, first + len(part)), "question": question, "kind": part.kind}
             numbers = {k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in columns.items()}
             tables.append(pd.DataFrame(told | numbers))
