@@ -19,6 +19,8 @@ BASELINES = {
     "Radial": ("+", (0, (1, 1))),
     "RandomKV": ("x", (0, (4, 1.5))),
     "OracleKV": ("*", (0, (1, 1))),
+    "RandomRead": ("x", (0, (4, 1.5))),
+    "TopKRead": ("*", (0, (1, 1))),
     "dense": ("", "--"),
 }
 # fixed places in COLOURS within each family, seven at a time; the first seven are solid, the next dashed
