@@ -238,12 +238,12 @@ def pool(scores: torch.Tensor, kernel: int, mode: str = "avg", valid: torch.Tens
     choice("mode", mode, ("avg", "max"))
     if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel must be an odd number of tokens; got {kernel!r}")
-    rows = scores.float().flatten(0, -2)[:, None]
-    there = torch.ones_like(rows) if valid is None else valid.expand_as(scores).flatten(0, -2)[:, None].float()
+    rows = scores.float().reshape(-1, 1, scores.shape[-1])
+    there = torch.ones_like(rows) if valid is None else valid.expand_as(scores).reshape(rows.shape).float()
     if mode == "max":
         pooled = F.max_pool1d(rows.masked_fill(there == 0, float("-inf")), kernel, 1, kernel // 2)
     else:
-        mass = F.avg_pool1d((rows * there).nan_to_num(0.0), kernel, 1, kernel // 2)
+        mass = F.avg_pool1d(rows.masked_fill(there == 0, 0.0), kernel, 1, kernel // 2)
         pooled = mass / F.avg_pool1d(there, kernel, 1, kernel // 2).clamp_min(1e-12)
     return pooled.view_as(scores)
 
