@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -223,9 +224,11 @@ class Trainer:
                 break
             shown.append(self.update(*batch))
             if self.step % 50 == 0:
+                with warnings.catch_warnings(action="ignore"):  # about numbers that no step of these had
+                    means = np.nanmean(shown, axis=0)
                 print(
                     f"{datetime.now():%H:%M:%S} step {self.step}/{self.recipe.steps} "
-                    f"{self.describe(np.nanmean(shown, axis=0))} lr {self.recipe.rate(self.step - 1):.1e} "
+                    f"{self.describe(means)} lr {self.recipe.rate(self.step - 1):.1e} "
                     f"minutes {self.seconds / 60:.1f}",
                     flush=True,
                 )
