@@ -16,7 +16,7 @@ comma := ,
 export PYTHONSAFEPATH := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run test lab bench train expected lint strip lock clean
+.PHONY: run test lab bench parity train expected lint strip lock clean
 .DEFAULT_GOAL := run
 
 run: $(READY)
@@ -36,6 +36,13 @@ lab: $(READY)
 #   make bench ARGS='--ops token_stats --note "a training run on one core"'
 bench: $(READY)
 	$(BIN)/python -m keeprate_kernels.bench $(ARGS)
+
+# Do our KV-cache methods keep the positions that kvpress keeps? It needs an older transformers, hence an environment of its own
+# with the newest kvpress there is; data/parity/kvpress.csv holds the answer. Downloads, minutes the first time.
+parity: $(READY) .venv-parity/.ready
+	$(BIN)/python parity/ours.py prepare runs/parity
+	.venv-parity/bin/python -I parity/theirs.py runs/parity
+	$(BIN)/python parity/ours.py compare runs/parity
 
 # Rebuild the embedded models. Hours, not minutes; the repository carries the result.
 train: $(READY)
@@ -73,6 +80,13 @@ $(READY): requirements.lock pyproject.toml
 	$(call TRY,--no-deps --no-build-isolation --editable .)
 	@touch .venv/.installing && mv .venv/.installing $(READY)
 
+.venv-parity/.ready: PIP := $(CURDIR)/.venv-parity/bin/python -m pip --quiet --disable-pip-version-check --no-input
+.venv-parity/.ready:
+	@$(PYTHON) -m venv --clear .venv-parity
+	$(call TRY,$$(grep '^torch==' requirements.lock))
+	$(call TRY,--constraint <(grep '^torch==' requirements.lock) kvpress)
+	@touch $@
+
 # Solve pyproject.toml anew in a fresh environment; writes requirements.lock and environment.yml.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
@@ -84,5 +98,5 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-lock runs .snakemake .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
+	rm -rf .venv .venv-lock .venv-parity runs .snakemake .pytest_cache .ruff_cache .hypothesis lib/*.egg-info
 	find lib kernels tests -name __pycache__ -prune -exec rm -rf {} +
