@@ -30,8 +30,8 @@ ORDER = {
         *("ATS", "BAT", "MSTM", "TokenPooling", "KMedoids"),
     ),
     "kv": (
-        *("SnapKV", "H2O", "ExpectedAttention", "KeyDiff", "AdaKV", "StreamingLLM", "TOVA"),
-        *("PyramidKV", "VATP", "CAOTE", "KNorm", "KVCompose", "RCStat", "SepLLM"),
+        *("SnapKV", "H2O", "ExpectedAttention", "KeyDiff", "AdaKV", "StreamingLLM", "KVCompose"),
+        *("PyramidKV", "VATP", "CAOTE", "KNorm", "TOVA", "RCStat", "SepLLM"),
         *("Quest", "Scissorhands", "TidalDecode", "A2SF", "TokenSelect", "ZipCache", "FASA"),
         *("ActQKV", "PoD"),
     ),
