@@ -19,7 +19,7 @@ class ExpectedAttention(EvictMethod):
     mu and Sigma are the mean and covariance of the prompt's queries before the rotary embedding, R the rotation
     averaged over the next `horizon` positions. With the scaling s of the logits,
     S[k] = softmax_k(s R mu . k + s^2 k^T R Sigma R^T k / 2), mean over the query heads of a KV head, and the score is
-    (S + epsilon) * ||v||.
+    (S + epsilon) * ||v||. The softmax runs over the sinks too; the authors' code leaves them out.
 
     Args:
         keep: See `EvictMethod`.

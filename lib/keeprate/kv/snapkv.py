@@ -15,7 +15,8 @@ from keeprate.method import register
 class SnapKV(EvictMethod):
     """Mean attention of the last `window` rows, pooled along the tokens; the window itself stays.
 
-    Query heads are averaged per KV head; the original code keeps a set per query head and repeats keys and values.
+    Query heads are averaged per KV head; the original code keeps a set per query head and repeats keys and values. At
+    both ends of the prompt the mean is over the tokens there are; the original code counts zeros beyond them.
 
     Args:
         keep: See `EvictMethod`; the window counts.
