@@ -6,21 +6,35 @@
 import re
 from pathlib import Path
 
+import pandas as pd
+
 import keeprate as kr
 from keeprate import ledger, project
 
+FAMILIES = {"vit": "Vision transformers", "kv": "KV cache"}  # in the order of the README
 FIGURE = ("10_vit_pruning", "tokens_kept", "docs/vit_kept_tokens.svg")  # notebook, its figure, the copy in the README
 
 
 def method_table() -> str:
-    """The methods as Markdown, with links to arXiv."""
-    table = kr.methods()
+    """The methods as Markdown, one table a family, with links to arXiv."""
+    return "\n\n".join(f"### {title}\n\n{_family_table(family)}" for family, title in FAMILIES.items())
+
+
+def _family_table(family: str) -> str:
+    """One family: what all its methods run on in a line above, the rest as a table."""
+    table = kr.methods(family)
     table["paper"] = [
         f"[{paper}](https://arxiv.org/abs/{arxiv})" if arxiv else paper
         for paper, arxiv in zip(table["paper"], table["arxiv"], strict=True)
     ]
+    table["year"] = ["" if pd.isna(year) else str(year) for year in table["year"]]  # a baseline may have no paper
     table["reconstructed"] = table["reconstructed"].map({True: "yes", False: ""})
-    return table.drop(columns="arxiv").to_markdown(index=False)
+    table = table.drop(columns=["arxiv", "family"])
+    above = ""
+    if table["architectures"].nunique() == 1:
+        above = f"On {table['architectures'].iloc[0]}.\n\n"
+        table = table.drop(columns="architectures")
+    return above + table.to_markdown(index=False)
 
 
 def model_table() -> str:
