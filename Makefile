@@ -92,7 +92,9 @@ lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install $$(grep '^torch==' requirements.lock)
 	.venv-lock/bin/python -m pip install -e '.[dev]'
-	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' > requirements.lock
+	# triton: the version that torch's CUDA wheel asks for, so that either wheel installs; there is none for macOS
+	.venv-lock/bin/python -m pip freeze --exclude-editable \
+	    | sed -e 's/^\(torch==[^+]*\)+.*/\1/' -e 's/^triton==.*/triton==3.7.1; sys_platform == "linux"/' > requirements.lock
 	{ grep -v '^      - [^-]' environment.yml; sed 's/^/      - /' requirements.lock; } > .venv-lock/environment.yml
 	mv .venv-lock/environment.yml environment.yml
 	rm -rf .venv-lock
