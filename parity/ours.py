@@ -30,7 +30,7 @@ COLUMNS = (
     "method", "press", "ours", "theirs", "variant", "positions", "heads_equal", "heads", "kept_ours", "kept_theirs",
     "why", "kvpress", "torch", "transformers_ours", "transformers_theirs", "date",
 )  # fmt: skip
-LENGTHS = (96, 100, 112, 128)  # tokens of the prompts; a tenth of 100 shows how either side rounds
+LENGTHS = (99, 100, 117, 128)  # tokens of the prompts; a tenth of 100, a quarter of 99 show how either side rounds
 KEEP = 0.25  # 1 - 0.75 is exact in binary, so that budgets differ only where a row says so
 WINDOW = 8
 VOCABULARY = 160  # more than the longest prompt, see `prepare`
@@ -151,8 +151,9 @@ CASES = (
                 "as above; and where its schedule gives the top layer less than a window, kvpress keeps the same "
                 "number in every layer: with the default beta of 20 at a quarter of the cache that is every budget "
                 "below 20 windows (1280 tokens at kvpress's default window of 64)"),
-        Variant(lambda n: SnapKVZeros(KEEP, window=WINDOW), "here PyramidKVPress is SnapKVPress",
-                "SnapKV, the same in every layer; pooling counts zeros beyond both ends"),
+        Variant(lambda n: SnapKVZeros(max(1, round(n * KEEP)), window=WINDOW),
+                "here PyramidKVPress is SnapKVPress but for a budget that is rounded to the nearest count, not down",
+                "SnapKV, the same rounded number in every layer; pooling counts zeros beyond both ends"),
     )),
     Case("expected", "ExpectedAttention", "ExpectedAttentionPress",
          RATIO | {"n_future_positions": 512, "n_sink": 4, "epsilon": 0.02}, (
