@@ -10,7 +10,7 @@ RECIPE = loop.Recipe(
         Stage(1000, length=64, batch=64, mix=(0.3, 0.7, 0.0, 0.0)),
         Stage(1000, length=128, batch=32, mix=(0.1, 0.6, 0.15, 0.15)),
         Stage(800, length=256, batch=16),
-        Stage(1000, length=1024, batch=4),
+        Stage(700, length=1024, batch=4),
     ),
     lr=3e-3,
     warmup=100,
