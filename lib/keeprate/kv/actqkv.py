@@ -21,7 +21,9 @@ class ActQKV(ReadMethod):
     delta = mean_d (q - mu)^2 / (var + mean(var) / 100), and the probe is sum_i q_i delta_i / sum delta over the last
     `window` queries. Blocks are ranked by the cosine between probe and block key. All heads of a layer read the same
     blocks. `adaptive` lets the number of blocks follow the entropy of softmax(scores), as the paper does; the paper's
-    second factor, a layer's share of the variance between layers, is left out.
+    second factor, a layer's share of the variance between layers, is left out, and so is the authors' term for a
+    question that is known. Only the prompt's attention says which keys represent a block; a block of generated tokens
+    takes its first ones.
 
     Args:
         keep: See `ReadMethod`; first and last tokens count.
@@ -54,24 +56,27 @@ class ActQKV(ReadMethod):
         extra, q = step.cache.extra, step.view.q.transpose(1, 2).flatten(2).float()  # b m h*d
         there = torch.ones(q.shape[:2], device=q.device) if step.real is None else step.real.float()
         there = there[..., None]
-        count, total, square, recent = extra.get("queries", (0.0, 0.0, 0.0, q[:, :0]))
+        count, total, square, recent, real = extra.get("queries", (0.0, 0.0, 0.0, q[:, :0], there[:, :0]))
         extra["queries"] = (
             count + there.sum(1),
             total + (q * there).sum(1),
             square + (q.square() * there).sum(1),
             torch.cat([recent, q], 1)[:, -self.window :],
+            torch.cat([real, there], 1)[:, -self.window :],
         )
         if step.m > 1:  # attention within the call decides which keys speak for their block
             step.cache.carry("received").add_(step.by_kv_head(step.received()))
 
     def probe(self, step: Step) -> torch.Tensor:
         """[b, h*d] the weighted query."""
-        count, total, square, recent = step.cache.extra["queries"]
-        recent = torch.cat([recent, step.view.q.transpose(1, 2).flatten(2).float()], 1)[:, -self.window :]
+        count, total, square, recent, real = step.cache.extra["queries"]
+        now = step.view.q.transpose(1, 2).flatten(2).float()
+        recent = torch.cat([recent, now], 1)[:, -self.window :]
+        real = torch.cat([real, torch.ones_like(now[..., :1])], 1)[:, -self.window :]
         mean = total / count
         var = (square / count - mean.square()).clamp_min(0.0)
         gap = (recent - mean[:, None]).square() / (var + var.mean(-1, keepdim=True) / 100).clamp_min(1e-12)[:, None]
-        delta = gap.mean(-1)
+        delta = gap.mean(-1) * real[..., 0]
         return ((delta / delta.sum(1, keepdim=True).clamp_min(1e-12))[..., None] * recent).sum(1)
 
     def keys(self, step: Step, blocks: Blocks) -> torch.Tensor:

@@ -17,7 +17,8 @@ class KeyDiff(EvictMethod):
 
     Args:
         keep: See `EvictMethod`.
-        block: While decoding, tokens over the budget before it is cut again; 0 = compress after the prompt alone.
+        block: While decoding, tokens over the budget before it is cut again, 128 in the paper; 0 = compress after the
+            prompt alone.
 
     Source: KeyDiff (2504.15364), cosine to the mean of the normalised keys.
     """

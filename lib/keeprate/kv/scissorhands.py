@@ -16,7 +16,8 @@ class Scissorhands(EvictMethod):
 
     A row votes against a token when A[q, k] < 1 / (tokens the row can see), A averaged over the query heads of a KV
     head; the votes of the last `history` rows are counted (one bit a row and token). When the cache exceeds its budget
-    B it is cut to (1 - drop) * B, so compressions are rare.
+    B it is cut to (1 - drop) * B, so compressions are rare. The paper's larger budgets for later layers are a schedule
+    in `keep`; its variant that samples by importance is left out.
 
     Args:
         keep: See `EvictMethod`.

@@ -24,7 +24,8 @@ class SepLLM(EvictMethod):
         keep: See `EvictMethod`.
         separators: Token ids of the separators; `SepLLM.of(tokenizer)` finds them.
         initial: First tokens that stay.
-        most: Separators kept at most, the newest ones; None = half of the budget.
+        most: Separators kept at most beside the window, the newest ones; None = half of the budget. The paper keeps 64
+            or 128 of them and a window of 256.
 
     Source: SepLLM (2412.12094), whose separators are . , ? ! ; : space, tab and newline.
     """
@@ -74,8 +75,10 @@ class SepLLM(EvictMethod):
             return arrival
         mark = step.cache.carry("separator", dtype=torch.bool)
         mark = mark if step.valid is None else mark & step.valid
-        most = (self.target(step) // 2 if self.most is None else torch.full_like(self.target(step), self.most))[
-            ..., None
-        ]
-        newest = arrival.masked_fill(~mark, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        return torch.where(mark & (newest < most), arrival + step.cache.seen, arrival)
+        room = self.target(step)
+        most = room // 2 if self.most is None else torch.full_like(room, self.most)
+        window = (room - self.initial - most).clamp_min(0)[..., None]
+        # separators within the window are there anyway
+        old = mark & (step.index < step.cache.seen - window)
+        newest = arrival.masked_fill(~old, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return torch.where(old & (newest < most[..., None]), arrival + step.cache.seen, arrival)

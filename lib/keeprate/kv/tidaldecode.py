@@ -19,7 +19,8 @@ class TidalDecode(ReadMethod):
     Args:
         keep: See `ReadMethod`.
         start: First layer that chooses, from 0.
-        correction: Layer that chooses anew; None = 9/32 of the depth, the paper's for LLaMA-2-7B, if behind `start`.
+        correction: Layer that chooses anew; None = 9/32 of the depth, the paper's for LLaMA-2-7B (13 for Llama-3-8B),
+            if behind `start`.
 
     Source: TidalDecode (2410.05076), position persistent sparse attention.
     """

@@ -17,7 +17,8 @@ class TokenSelect(ReadMethod):
     """Soft vote S[k] = sum over heads of softmax(q . k) over the middle tokens; the best, the first and the last ones.
 
     The choice of the previous step is used again while the query points the same way: cos(q, q at the last choice)
-    >= `similarity`. Choosing reads all keys, reusing none, which the table of bytes shows.
+    >= `similarity`. Choosing reads all keys, reusing none, which the table of bytes shows. The prompt is read in full;
+    the paper also selects for each of its chunks and moves the chosen tokens together, to go beyond the trained length.
 
     Args:
         keep: See `ReadMethod`; first and last tokens count.
@@ -26,7 +27,7 @@ class TokenSelect(ReadMethod):
         similarity: Threshold of reuse; -1 never chooses again, above 1 always does.
         vote: "soft" (the paper's), "hard" (how many heads have it among their best) or "logits" (their sum).
 
-    Source: TokenSelect (2411.02886), head soft vote; the authors' defaults are 128 first and 512 last tokens.
+    Source: TokenSelect (2411.02886), head soft vote; the authors' defaults are 128 first, 512 last and 2,048 tokens between.
     """
 
     initial: int = 128
