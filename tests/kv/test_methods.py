@@ -92,9 +92,9 @@ def group(x: torch.Tensor, how: str = "sum") -> torch.Tensor:
 
 
 def prompt_and_steps(fold, decode: int = 3) -> tuple[Step, torch.Tensor]:
-    """Run `fold` over a prompt and some decode steps; the last step and all rows of attention [b, h, n, n]."""
+    """Run `fold` over a prompt, all but one of `decode` tokens at once and the last one: the last step, all rows."""
     tape, rows = Tape(), []
-    for seed, m in enumerate([N] + [1] * decode):
+    for seed, m in enumerate([N, decode - 1, 1] if decode else [N]):
         step = tape.random(m, seed=10 * seed)
         fold(step)
         rows.append(torch.nn.functional.pad(attention(step.view.q, step.view.k), (0, N + decode - step.n)))
@@ -310,6 +310,12 @@ def test_vatp_ignores_values_of_equal_norm():
     for base in (kr.kv.TOVA(keep=9), kr.kv.SnapKV(keep=9, window=3)):
         method = kr.kv.VATP(base=base, sinks=0)
         assert torch.equal(chosen(method, step), chosen(base, step))
+
+
+def test_vatp_is_the_score_times_the_l1_norm():
+    step, base = Tape().random(N), kr.kv.TOVA(keep=9)
+    want = base.score(step) * step.view.v.norm(p=1, dim=-1)
+    torch.testing.assert_close(kr.kv.VATP(base=base, sinks=0).score(step), want)
 
 
 def test_vatp_ignores_the_scale_of_all_values_but_not_of_one():
