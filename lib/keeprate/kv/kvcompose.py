@@ -16,8 +16,8 @@ class KVCompose(EvictMethod):
 
     The r-th composite token of a layer is the r-th best token of every head; its score is the mean of theirs. The
     best composite tokens of all layers are kept, so all heads of a layer keep equally many and tensors stay
-    rectangular; a layer without any keeps one, beyond the budget. The first layer's composite scores are the greatest of
-    all layers at that rank, which protects it.
+    rectangular; a layer without any keeps one, beyond the budget. The first layer's composite scores are the greatest
+    of all layers at that rank, which protects it.
 
     Args:
         keep: See `EvictMethod`.

@@ -27,7 +27,7 @@ class TokenSelect(ReadMethod):
         similarity: Threshold of reuse; -1 never chooses again, above 1 always does.
         vote: "soft" (the paper's), "hard" (how many heads have it among their best) or "logits" (their sum).
 
-    Source: TokenSelect (2411.02886), head soft vote; the authors' defaults are 128 first, 512 last and 2,048 tokens between.
+    Source: TokenSelect (2411.02886), head soft vote; authors' defaults: 128 first, 512 last and 2,048 tokens between.
     """
 
     initial: int = 128
