@@ -10,6 +10,7 @@ TIER = config.get("tier", "default")
 MANIFEST = yaml.safe_load(Path("notebooks/manifest.yaml").read_text()) or {}
 NOTEBOOKS = config["notebooks"].split(",") if config.get("notebooks") else list(MANIFEST)
 FAMILIES = {entry["family"] for entry in MANIFEST.values()}
+MEASURED = {"kernels": "kernels/bench/*.csv", "kv": "data/parity/*.csv"}  # what else a family's notebooks read
 
 unknown = sorted(set(NOTEBOOKS) - set(MANIFEST))
 if unknown:
@@ -27,6 +28,7 @@ def sources(wildcards):
     # Only what exists: a tier file or model that is missing fails its own notebook, with a message of its own.
     data = [*Path("data/tiers").glob(f"{TIER}/{name}.yaml"), *Path("data/claims").glob("*.yaml")]
     data += [card for model in entry.get("models", []) for card in Path("data/models").glob(f"{model}/card.json")]
+    data += Path().glob(MEASURED[entry["family"]]) if entry["family"] in MEASURED else []
     return [f"notebooks/{name}.ipynb", *map(str, code + data)]
 
 
