@@ -199,7 +199,7 @@ def test_embedded_model(name, megabytes):
     loaded = load(name)
     assert card["params"] == sum(weight.numel() for weight in loaded.model.parameters())
     assert loaded.processor.backend_tokenizer.to_str() == load("llama-docs").processor.backend_tokenizer.to_str()
-    drawn = recall.sample(loaded.processor, "needles", n=32, length=512, seed=7)
+    drawn = recall.sample(loaded.processor, "needles", n=32, length=1024, seed=7)
     measured = recall.accuracy(loaded.model, drawn).float().mean().item()
     assert abs(measured - card["recall"]["needles"]["value"]) < 0.25
     text = card["text"]["nats_a_token"]
@@ -218,7 +218,8 @@ def test_bars():
 def test_recipes_name_what_the_cards_say():
     for name, recipe in (("llama-docs", llama_docs.RECIPE), ("llama-docs-draft", llama_docs_draft.RECIPE)):
         card = json.loads((MODELS / name / "card.json").read_text())
-        assert card["steps"] == recipe.steps
+        assert card["status"] == "final" or card["status"] == f"interim: step {card['steps']} of {recipe.steps}"
+        assert card["steps"] == recipe.steps if card["status"] == "final" else card["steps"] < recipe.steps
         assert [stage["steps"] for stage in card["recipe"]["stages"]] == [stage.steps for stage in recipe.stages]
 
 

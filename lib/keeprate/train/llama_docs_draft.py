@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from keeprate.train import llama_docs, loop
 from keeprate.train.llama_docs import Stage
 
@@ -9,12 +12,12 @@ RECIPE = loop.Recipe(
     stages=(
         Stage(1000, length=64, batch=64, mix=(0.3, 0.7, 0.0, 0.0)),
         Stage(1000, length=128, batch=32, mix=(0.1, 0.6, 0.15, 0.15)),
-        Stage(800, length=256, batch=16),
-        Stage(700, length=1024, batch=4),
+        Stage(500, length=256, batch=16),
+        Stage(150, length=1024, batch=4),
     ),
     lr=3e-3,
     warmup=100,
-    decay=0.3,
+    decay=0.07,
 )
 SIZES = {
     "hidden_size": 128,
@@ -25,5 +28,12 @@ SIZES = {
 }
 
 
+def tokenizer() -> Any:
+    """The tokenizer of ``llama-docs``, which must have been trained."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path("data/models/llama-docs"))
+
+
 if __name__ == "__main__":
-    llama_docs.main("llama-docs-draft", RECIPE, lambda: llama_docs.build(RECIPE.seed, **SIZES), llama_docs.tokenizer)
+    llama_docs.main("llama-docs-draft", RECIPE, lambda: llama_docs.build(RECIPE.seed, **SIZES), tokenizer)
