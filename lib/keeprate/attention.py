@@ -85,12 +85,15 @@ class AttentionView:
 
     def probs(self) -> torch.Tensor:
         """The full matrix [b, h, n_q, n_k] in fp32. Quadratic: only for methods that truly need every entry."""
-        mask = self.mask
-        if self.causal:
-            n_q, n_k = self.q.shape[2], self.k.shape[2]
-            seen = torch.ones(n_q, n_k, dtype=torch.bool, device=self.q.device).tril(n_k - n_q)[None, None]
-            mask = seen if mask is None else _add_masks(mask, seen)
-        return attention_rows(self.q, self.k, scaling=self.scaling, mask=mask)
+        return attention_rows(self.q, self.k, scaling=self.scaling, mask=self.whole_mask())
+
+    def whole_mask(self) -> torch.Tensor | None:
+        """The mask with causality in it, [b|1, h|1, n_q|1, n_k] additive or boolean; None = everything is seen."""
+        if not self.causal:
+            return self.mask
+        n_q, n_k = self.q.shape[2], self.k.shape[2]
+        seen = torch.ones(n_q, n_k, dtype=torch.bool, device=self.q.device).tril(n_k - n_q)[None, None]
+        return seen if self.mask is None else _add_masks(self.mask, seen)
 
     def with_bias(self, bias: torch.Tensor | None) -> "AttentionView":
         """The same layer with `bias` [b|1, h|1, n_q|1, n_k] added to the logits."""

@@ -122,13 +122,9 @@ class Step:
         view = self.view.tail(count)
         q = view.q.float().unflatten(1, (self.groups, -1)).flatten(2, 3)  # b g (h/g count) d
         logits = (q @ view.k.float().transpose(-1, -2)).unflatten(2, (-1, view.q.shape[2])).flatten(1, 2)
-        logits = logits * view.scaling
-        mask = view.mask
+        logits, mask = logits * view.scaling, view.whole_mask()
         if mask is None:
-            if not view.causal:
-                return logits
-            last = torch.arange(self.n - view.q.shape[2], self.n, device=q.device)[:, None]
-            mask = torch.arange(self.n, device=q.device) <= last
+            return logits
         return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
 
     def received(self, weight: torch.Tensor | None = None, reduce: str = "sum") -> torch.Tensor:
@@ -277,6 +273,8 @@ class EvictMethod(KVMethod):
         return 0
 
     def check(self, body: Decoder, lengths: torch.Tensor) -> None:
+        if self.replays and len(body.treated) < len(body.attention):
+            raise ValueError(f"{self.name} reads the prompt twice, which layers with a sliding window cannot")
         if self.budget.ragged:
             return
         stages = range(1, len(body.treated) + 1)

@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from keeprate import select
 from keeprate.anatomy import Decoder
 from keeprate.attention import AttentionView, Listener, listen
-from keeprate.check import whole
 from keeprate.kv.base import EvictMethod, KVMethod, Modifier, Step
 from keeprate.kv.cache import Flat, KVLayer
 from keeprate.kv.rope import rotate, unrotate
@@ -245,9 +244,6 @@ class KVSession(Listener):
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             mask = torch.cat([mask, mask], 1)
         positions = positions + layers[0].extra["lengths"][:, None]
-        others = {i: c for i, c in enumerate(self.cache.layers) if i not in self.body.treated}
-        if others:
-            raise ValueError(f"{self.method.name} reads the prompt twice, which layers with a sliding window cannot")
         for layer in layers:
             layer.probing = True
         self.replaying = True
@@ -460,7 +456,7 @@ def others(kept: select.Kept, cache: KVLayer, bits: int) -> tuple[torch.Tensor, 
     free = free if cache.valid is None else free & cache.valid
     free[:, :, : cache.n_cold] = False
     left = select.ragged_heads(free)
-    return left.index, left.valid, whole("bits", bits)
+    return left.index, left.valid, bits
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:
@@ -485,5 +481,4 @@ def _attend_flat(flat: Flat, cache: KVLayer, view: AttentionView) -> torch.Tenso
 def _attend_dense(
     view: AttentionView, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    every = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
-    return selected_attention(view.q, keys, values, every, scaling=view.scaling, valid=valid, return_lse=True)
+    return selected_attention(view.q, keys, values, None, scaling=view.scaling, valid=valid, return_lse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -276,12 +275,7 @@ def main(name: str, recipe: Recipe, build: Callable[[], nn.Module], forward: For
         forward: see ``Forward``.
         notes: further entries of the card.
     """
-    options = argparse.ArgumentParser(description=f"Train {name}; an interrupted run resumes.")
-    options.add_argument("--out", type=Path, default=Path("data/models") / name, help="folder of the model")
-    options.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoint")
-    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options.add_argument("--threads", type=int, default=2, help="CPU threads")
-    options.add_argument("--interim", action="store_true", help="publish the checkpoint as it is")
+    options = loop.options(name)
     given = options.parse_args()
 
     torch.set_num_threads(given.threads)

@@ -7,11 +7,9 @@ tokens, then asks for many facts in short contexts, and lengthens the contexts w
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -408,13 +406,8 @@ def main(
     """
     from transformers import AutoTokenizer
 
-    options = argparse.ArgumentParser(description=f"Train {name}; an interrupted run resumes.")
-    options.add_argument("--out", type=Path, default=Path("data/models") / name, help="folder of the model")
-    options.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoint")
-    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = loop.options(name)
     options.add_argument("--fp32", action="store_true", help="no bfloat16, for processors that are slow at it")
-    options.add_argument("--interim", action="store_true", help="publish the checkpoint as it is")
     options.add_argument("--n", type=int, default=512, help="questions of each kind that are measured")
     options.add_argument("--seed", type=int, default=2026, help="of the sample that is measured")
     given = options.parse_args()

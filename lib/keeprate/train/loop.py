@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -253,6 +254,21 @@ def proportion(right: int, n: int) -> dict[str, Any]:
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return {"value": round(p, 4), "n": n, "interval95": [round(middle - half, 4), round(middle + half, 4)]}
+
+
+def options(name: str) -> argparse.ArgumentParser:
+    """The options that every training script has.
+
+    Args:
+        name: of the model; its folder is ``data/models/<name>`` unless ``--out`` says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=f"Train {name}; an interrupted run resumes.")
+    parser.add_argument("--out", type=Path, default=Path("data/models") / name, help="folder of the model")
+    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoint")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--interim", action="store_true", help="publish the checkpoint as it is")
+    return parser
 
 
 def sha256(path: Path) -> str:
