@@ -252,18 +252,19 @@ def eviction_error(weight: torch.Tensor, v: torch.Tensor, output: torch.Tensor |
     """How far the attention output moves when one token goes: a / (1 - a) * ||o - v||, exactly.
 
     Args:
-        weight: [b, g, n] non-negative; normalised to sum 1 here.
+        weight: [b, g, ..., n] non-negative, any number of query rows between; normalised to sum 1 here.
         v: [b, g, n, d] values.
-        output: [b, g, d]; sum_k a_k v_k when None.
+        output: [b, g, ..., d]; sum_k a_k v_k when None.
 
     Returns:
-        [b, g, n].
+        [b, g, ..., n].
 
     Source: CAOTE (2504.14051), closed form of the eviction error.
     """
-    a = weight.float() / weight.float().sum(-1, keepdim=True).clamp_min(1e-12)
-    v = v.float()
-    o = torch.einsum("bgn,bgnd->bgd", a, v) if output is None else output.float()
-    # ||o - v||^2 without a [b, g, n, d] difference
-    gap = v.square().sum(-1) - 2 * torch.einsum("bgnd,bgd->bgn", v, o) + o.square().sum(-1, keepdim=True)
-    return a / (1 - a).clamp_min(1e-6) * gap.clamp_min(0.0).sqrt()
+    shape, v = weight.shape, v.float()
+    a = weight.float().reshape(*shape[:2], -1, shape[-1])  # b g q n
+    a = a / a.sum(-1, keepdim=True).clamp_min(1e-12)
+    o = a @ v if output is None else output.float().reshape(*shape[:2], -1, v.shape[-1])  # b g q d
+    # ||o - v||^2 without a difference for every pair
+    gap = v.square().sum(-1)[:, :, None] - 2 * o @ v.transpose(-1, -2) + o.square().sum(-1, keepdim=True)
+    return (a / (1 - a).clamp_min(1e-6) * gap.clamp_min(0.0).sqrt()).view(shape)

@@ -33,7 +33,7 @@ from keeprate.kv.baselines import OracleKV
 from keeprate.kv.session import KVSession, KVTrace
 from keeprate.measure.cost import peak_memory, race
 from keeprate.measure.interval import bootstrap, wilson
-from keeprate.score import by_kv_head
+from keeprate.score import by_kv_head, eviction_error
 from keeprate.tasks.recall import Recall
 
 QUESTIONS = ("known", "unknown")
@@ -277,13 +277,7 @@ class _Future(Listener):
         g, m = view.k.shape[1], view.q.shape[2]
         self.attention[module] = by_kv_head(view.received()[..., : self.n] / m, g)
         if self.output:
-            a = view.probs().unflatten(1, (g, -1))  # b g r m n
-            v = view.v.float()
-            o = torch.einsum("bgrmn,bgnd->bgrmd", a, v)
-            norm = v.square().sum(-1)[:, :, None, None]  # b g 1 1 n
-            # ||o - v||^2 without a difference for every pair
-            gap = norm - 2 * torch.einsum("bgrmd,bgnd->bgrmn", o, v) + o.square().sum(-1, keepdim=True)
-            error = a / (1 - a).clamp_min(1e-6) * gap.clamp_min(0.0).sqrt()
+            error = eviction_error(view.probs().unflatten(1, (g, -1)), view.v)  # b g r m n
             self.change[module] = error.mean((2, 3))[..., : self.n]
 
 
