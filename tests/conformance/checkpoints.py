@@ -4,6 +4,7 @@ Weights are drawn wide, so that attention is peaked and losing a token shows in 
 biases are not 0, norms are not the identity. A plumbing mistake cannot hide behind a small number.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -112,11 +113,13 @@ def widen(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(p.shape, generator=g)
         if "lambda" in name:  # LayerScale
             p.data = 0.6 + 0.2 * noise
+        elif p.numel() == 1:  # gates that are closed at first
+            p.data = torch.full_like(p, 0.8)
         elif p.dim() == 1 and name.endswith("weight"):  # norms
             p.data = 1.0 + 0.2 * noise
         elif name.endswith("bias"):
             p.data = 0.1 * noise
-        elif p.dim() == 4:  # patch embedding
+        elif p.dim() >= 4:  # patch embedding
             p.data = 0.08 * noise
         elif p.dim() == 2 and "position" not in name and "class" not in name:
             p.data = 0.25 * noise
@@ -124,13 +127,25 @@ def widen(model: torch.nn.Module, seed: int) -> None:
             p.data = 0.7 * noise
 
 
-def save(name: str, folder: Path) -> Path:
-    """Build a checkpoint and save it under `folder`; returns its path."""
-    _, cls, config = (CHECKPOINTS | DECODERS)[name]
+def save(name: str, folder: Path, table: Mapping[str, tuple] = CHECKPOINTS | DECODERS, *, mute: int = 0) -> Path:
+    """Build a checkpoint and save it under `folder`.
+
+    Args:
+        name: Which one of `table`.
+        folder: Where it gets a folder of its own.
+        table: Checkpoints by name: (architecture, class, configuration).
+        mute: Ids below this one are never generated, so that no answer holds a placeholder of a picture.
+
+    Returns:
+        Its folder.
+    """
+    _, cls, config = table[name]
     torch.manual_seed(0)
     model: PreTrainedModel = cls(config())
     with torch.no_grad():
         widen(model, sum(map(ord, name)))
+        if mute:
+            model.get_output_embeddings().weight[:mute] = 0.0  # a logit of 0 is never the largest of many
     model.save_pretrained(folder / name)
     return folder / name
 
