@@ -7,7 +7,7 @@
 import importlib
 from typing import Any
 
-from keeprate import attention, kv, reduce, score, select, vit
+from keeprate import attention, kv, mllm, reduce, score, select, vit
 from keeprate.anatomy import anatomy
 from keeprate.attention import listen
 from keeprate.budget import Budget
@@ -38,6 +38,7 @@ __all__ = [
     "measure",
     "method",
     "methods",
+    "mllm",
     "models",
     "patterns",
     "plot",

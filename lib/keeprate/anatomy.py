@@ -42,6 +42,7 @@ class Block:
 _VIT = Block("layernorm_before", "attention", "layernorm_after", ("dropout",), ("dropout",))
 _DINO = Block("norm1", "attention", "norm2", ("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
 _CLIP = Block("layer_norm1", "self_attn", "layer_norm2")
+DECODER_BLOCK = Block("input_layernorm", "self_attn", "post_attention_layernorm")  # of every decoder below
 
 
 @dataclass(frozen=True)
@@ -259,3 +260,125 @@ def decoder(model: nn.Module) -> Decoder:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Decoder(DECODERS[type(body).__name__], body, attention, treated, heads, kv_heads, head_dim)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """One row of the table of multimodal models: names of the parts, from the model that has `get_image_features`.
+
+    Attributes:
+        name: Architecture, as `kr.methods()` and errors call it.
+        tower: The vision encoder.
+        projector: What turns its features into the language model's embeddings.
+        cross: Whether the language model reads the image through cross-attention, not as tokens of its own sequence.
+    """
+
+    name: str
+    tower: str
+    projector: str
+    cross: bool = False
+
+
+MULTIMODAL = {
+    "LlavaModel": Vision("llava", "vision_tower", "multi_modal_projector"),
+    "LlavaNextModel": Vision("llava_next", "vision_tower", "multi_modal_projector"),
+    "LlavaOnevisionModel": Vision("llava_onevision", "vision_tower", "multi_modal_projector"),
+    "Qwen2_5_VLModel": Vision("qwen2_5_vl", "visual", "visual.merger"),
+    "InternVLModel": Vision("internvl", "vision_tower", "multi_modal_projector"),
+    "MllamaModel": Vision("mllama", "vision_model", "multi_modal_projector", cross=True),
+}
+
+# class name of a vision encoder's block -> (name of its attention, tokens in front of the patches)
+_TOWER_BLOCKS = {
+    "CLIPEncoderLayer": ("self_attn", 1),
+    "SiglipEncoderLayer": ("self_attn", 0),
+    "Qwen2_5_VLVisionBlock": ("attn", 0),
+    "InternVLVisionLayer": ("attention", 1),
+    "MllamaVisionEncoderLayer": ("self_attn", 1),
+}
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A multimodal language model as the visual-token methods see it.
+
+    Attributes:
+        name: Architecture, as `kr.methods()` and errors call it.
+        inner: The model that encodes images and calls the language model.
+        body: The language model's stack of decoder layers.
+        layers: The decoder layers.
+        tower: The vision encoder.
+        tower_layers: Its blocks.
+        tower_attention: Their attention modules.
+        projector: Vision features -> embeddings.
+        prefix: Tokens in front of the patches inside the tower.
+        feature: 0-based tower block whose output the projector gets.
+        cross: Whether the image is read through cross-attention.
+    """
+
+    name: str
+    inner: nn.Module
+    body: nn.Module
+    layers: tuple[nn.Module, ...]
+    tower: nn.Module
+    tower_layers: tuple[nn.Module, ...]
+    tower_attention: tuple[nn.Module, ...]
+    projector: nn.Module
+    prefix: int
+    feature: int
+    cross: bool
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the tower has a class token."""
+        return self.prefix > 0
+
+
+def multimodal(model: nn.Module) -> Multimodal:
+    """The multimodal model inside a model, with its parts.
+
+    Raises:
+        ValueError: If there is none, or more than one, of a supported class, or its vision encoder is unknown.
+
+    Example:
+        >>> multimodal(kr.load("llava-digits").model).name   # doctest: +SKIP
+        'llava'
+    """
+    found = [m for m in model.modules() if type(m).__name__ in MULTIMODAL] if isinstance(model, nn.Module) else []
+    if len(found) != 1:
+        names = ", ".join(type(m).__name__ for m in found) or "none"
+        raise ValueError(
+            f"{type(model).__name__} must hold exactly one multimodal model of a supported class "
+            f"({', '.join(MULTIMODAL)}); found {names}"
+        )
+    inner = found[0]
+    row = MULTIMODAL[type(inner).__name__]
+    tower = inner.get_submodule(row.tower)
+    blocks = [m for m in tower.modules() if type(m).__name__ in _TOWER_BLOCKS]
+    if not blocks:
+        raise ValueError(
+            f"the vision encoder {type(tower).__name__} of this {type(model).__name__} is not supported; its blocks "
+            f"must be one of {', '.join(_TOWER_BLOCKS)}"
+        )
+    attention, prefix = _TOWER_BLOCKS[type(blocks[0]).__name__]
+    feature = getattr(inner.config, "vision_feature_layer", -1)
+    feature = feature if isinstance(feature, int) else feature[-1]
+    body = inner.language_model
+    return Multimodal(
+        row.name,
+        inner,
+        body,
+        tuple(body.layers),
+        tower,
+        tuple(blocks),
+        tuple(getattr(block, attention) for block in blocks),
+        inner.get_submodule(row.projector),
+        prefix,
+        feature + len(blocks) if feature < 0 else feature - 1,  # entry 0 of the hidden states is the embedding
+        row.cross,
+    )

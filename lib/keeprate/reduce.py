@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from keeprate.score import similarity
-from keeprate.select import rest
+from keeprate.select import ragged, rest
 
 
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -68,8 +68,19 @@ class Reduction:
 
     @cached_property
     def moved(self) -> torch.Tensor:
-        """[b, n - m] the tokens that stand for no slot: they join another, or are dropped."""
-        return rest(self.rep, self.slot.shape[1])
+        """[b, n - m] the tokens that stand for no slot: they join another, or are dropped.
+
+        In a ragged batch samples with fewer of them repeat tokens that do stand for a slot; `_stays` tells them apart.
+        """
+        if self.valid is None:
+            return rest(self.rep, self.slot.shape[1])
+        return self._stays.to(torch.uint8).sort(dim=1, stable=True).indices[:, : int((~self._stays).sum(1).max())]
+
+    @cached_property
+    def _stays(self) -> torch.Tensor:
+        """[b, n] whether a token stands for a slot that exists."""
+        there = torch.ones_like(self.rep) if self.valid is None else self.valid.long()
+        return torch.zeros_like(self.slot).scatter_add(1, self.rep, there) > 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Physical execution on features: [b, n, d] -> [b, m, d]. Only the rows that move are touched twice."""
@@ -80,6 +91,8 @@ class Reduction:
         there = slot.clamp_min(0)
         weight = torch.ones(x.shape[:2], device=x.device) if self.weight is None else self.weight.float()
         own, extra = weight.gather(1, self.rep), weight.gather(1, self.moved) * (slot >= 0)
+        if self.valid is not None:
+            extra = extra * ~self._stays.gather(1, self.moved)
         part = gather_tokens(x, self.moved).float()
         if self.average:
             # the weighted mean as a step from the representative; a slot of no weight at all keeps its representative
@@ -189,6 +202,19 @@ def merge(
     new = order.argsort(1)  # old label -> slot in raster order of the representatives
     slot = torch.where(labels < 0, labels, new.gather(1, labels.clamp_min(0)))
     return Reduction(rep, slot, weight, **extra)
+
+
+def join(home: torch.Tensor, weight: torch.Tensor | None = None, **extra: torch.Tensor) -> Reduction:
+    """Every token joins the one it is told to; samples may keep different numbers.
+
+    Args:
+        home: [b, n] position of the token that each one joins, its own where it stays, -1 = dropped.
+        weight: [b, n] weights in the mean; None = equal.
+    """
+    stays = home == torch.arange(home.shape[1], device=home.device)
+    kept = ragged(stays)
+    slot = (stays.long().cumsum(1) - 1).gather(1, home.clamp_min(0)).masked_fill(home < 0, -1)
+    return Reduction(kept.index, slot, weight, valid=kept.valid, **extra)
 
 
 def merge_pairs(source: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, **extra: torch.Tensor) -> Reduction:

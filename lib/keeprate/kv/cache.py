@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from keeprate_kernels import Packed, compact_kv, quantise_kv
 
@@ -187,9 +187,20 @@ class KVLayer(CacheLayerMixin):
         self.state: dict[str, Growing] = {}
         self.extra: dict[str, Any] = {}
         self.probing = False
+        self._announced: tuple[torch.Tensor, torch.Tensor | None, int] | None = None
         self._index: Growing | None = None
         self._valid: Growing | None = None
         self._positions: Growing | None = None
+
+    def announce(self, arrival: torch.Tensor, there: torch.Tensor | None, total: int) -> None:
+        """Say that the next tokens are not all that arrive: some were dropped on the way to this layer.
+
+        Args:
+            arrival: [b, m] which of the `total` tokens of this call they are, 0-based.
+            there: [b, m] False = padding of a sample that has fewer; None = all are real.
+            total: Tokens of this call before any was dropped.
+        """
+        self._announced = arrival, there, total
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -216,20 +227,29 @@ class KVLayer(CacheLayerMixin):
             keys, values = self.read()
             return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         self.last = m = key_states.shape[2]
+        arrival, there, total = self._announced or (None, None, m)
+        self._announced = None
+        if arrival is not None and self._index is None:
+            held = key_states[:, :, :0, 0].long() if self.dense is None else self.index.contiguous()
+            self._index = Growing(held)
+        if there is not None and self._valid is None:
+            self._valid = Growing(torch.ones_like(self._index.view, dtype=torch.bool))
         if self.dense is None:
             self.dense = Growing(key_states), Growing(value_states)
         else:
             self.dense[0].append(key_states)
             self.dense[1].append(value_states)
         if self._index is not None:
-            arrival = torch.arange(self.seen, self.seen + m, device=self.device)
-            self._index.append(arrival.expand(*key_states.shape[:2], m))
+            new = torch.arange(m, device=self.device).expand(1, m) if arrival is None else arrival
+            self._index.append((new + self.seen)[:, None].expand(*key_states.shape[:2], m))
         if self._valid is not None:
-            self._valid.append(torch.ones(*key_states.shape[:3], dtype=torch.bool, device=self.device))
+            here = torch.ones(1, 1, m, dtype=torch.bool, device=self.device) if there is None else there[:, None]
+            self._valid.append(here.expand(*key_states.shape[:2], m))
         for carried in self.state.values():
             shape = (*key_states.shape[:3], *carried.buffer.shape[3:])
             carried.append(torch.zeros(shape, dtype=carried.buffer.dtype, device=self.device))
-        self.seen += m
+        self.seen += total
+        self.touched = self.touched or arrival is not None
         if m == 1 and self.flat is not None and self.owner is not None and self.owner.reads_flat:
             return key_states, value_states  # the session attends to the flat storage itself
         return self.read()
@@ -511,3 +531,42 @@ def _some(part: Part, index: torch.Tensor) -> Part:
     """A packed tensor for some samples."""
     held = {name: getattr(part, name, None) for name in ("data", "low", "step", "scale", "like")}
     return replace(part, **{name: x.index_select(0, index) for name, x in held.items() if x is not None})
+
+
+def take_over(cache: Any, depth: int, treated: tuple[int, ...]) -> list[KVLayer]:
+    """Put our layers into a cache, in place, so that whoever made it goes on with it.
+
+    Args:
+        cache: What the model was given as `past_key_values`.
+        depth: Number of the model's layers.
+        treated: Those whose cache shall be ours.
+
+    Returns:
+        Our layers, in the order of `treated`; tokens that were cached before are in them.
+
+    Raises:
+        ValueError: On a cache of another kind, an offloaded one, one made for another model, or a sliding window.
+    """
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            f"these methods work on a DynamicCache (what generate makes by default); got {type(cache).__name__}"
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError("these methods do not work on an offloaded cache")
+    if not cache.layers:
+        cache.layers = [DynamicLayer() for _ in range(depth)]
+        cache.layer_class_to_replicate = None
+    if len(cache.layers) != depth:
+        raise ValueError(f"the cache has {len(cache.layers)} layers, the model {depth}: not made for it")
+    ours = []
+    for i in treated:
+        layer = cache.layers[i]
+        if not isinstance(layer, KVLayer):
+            if type(layer) is not DynamicLayer:
+                raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be shortened")
+            taken = KVLayer()
+            if layer.get_seq_length():
+                taken.update(layer.keys, layer.values)
+            cache.layers[i] = layer = taken
+        ours.append(layer)
+    return ours

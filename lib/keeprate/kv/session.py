@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from keeprate import select
 from keeprate.anatomy import Decoder
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.kv.base import EvictMethod, KVMethod, Modifier, Step
-from keeprate.kv.cache import Flat, KVLayer
+from keeprate.kv.cache import Flat, KVLayer, take_over
 from keeprate.kv.rope import rotate, unrotate
 from keeprate_kernels import merge_attention, ragged_attention, selected_attention
 
@@ -188,32 +188,12 @@ class KVSession(Listener):
         return args, kwargs
 
     def _take_over(self, cache: Any) -> None:
-        """Put our layers into the cache, in place, so that whoever made it goes on with it."""
-        if type(cache) is not DynamicCache:
-            raise ValueError(
-                f"KV-cache methods work on a DynamicCache (what generate makes by default); got {type(cache).__name__}"
-            )
-        if getattr(cache, "offloading", False):
-            raise ValueError("KV-cache methods do not work on an offloaded cache")
-        if not cache.layers:
-            cache.layers = [DynamicLayer() for _ in self.body.attention]
-            cache.layer_class_to_replicate = None
-        if len(cache.layers) != len(self.body.attention):
-            raise ValueError(
-                f"the cache has {len(cache.layers)} layers, the model {len(self.body.attention)}: not made for it"
-            )
-        for i in self.body.treated:
-            layer = cache.layers[i]
-            if not isinstance(layer, KVLayer):
-                if type(layer) is not DynamicLayer:
-                    raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be shortened")
-                ours = KVLayer()
-                if layer.get_seq_length():
-                    ours.update(layer.keys, layer.values)
-                    zero = torch.zeros(len(layer.keys), dtype=torch.long, device=layer.keys.device)
-                    ours.extra = {"start": zero, "aligned": True, "lengths": zero + ours.seen}
-                    ours.note_positions(torch.arange(ours.seen, device=layer.keys.device)[None])
-                cache.layers[i] = layer = ours
+        """Put our layers into the cache and make them this session's."""
+        for layer in take_over(cache, len(self.body.attention), self.body.treated):
+            if layer.seen and "start" not in layer.extra:
+                zero = torch.zeros(layer.batch, dtype=torch.long, device=layer.device)
+                layer.extra = {"start": zero, "aligned": True, "lengths": zero + layer.seen}
+                layer.note_positions(torch.arange(layer.seen, device=layer.device)[None])
             if layer.owner is not self:
                 layer.owner, layer.masked, layer.state = self, self.masked, {}
                 layer.extra = {

@@ -1,0 +1,225 @@
+"""The vision encoder at work: what its attention did, brought into the order of the language model's visual tokens.
+
+Encoders and language models count differently: tiles, padding, line breaks, groups of 2 x 2 patches, windows. Nothing
+here repeats how a model arranges its tokens; scores are sent through the model's own functions for that.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from keeprate import score
+from keeprate.anatomy import Multimodal
+from keeprate.attention import AttentionView, Listener, listen
+
+
+class Encoder(Listener):
+    """Watches the vision encoder of a model and keeps what the latest images left behind.
+
+    Args:
+        parts: The model's anatomy.
+        layers: 0-based tower blocks whose queries, keys and values are kept.
+
+    Attributes:
+        lengths: Visual tokens of every image, those that end a line included; None before the first image.
+        views: For each of `layers` its attention; several where the encoder attends in windows.
+    """
+
+    def __init__(self, parts: Multimodal, layers: tuple[int, ...] = ()):
+        self.parts = parts
+        self.layers = tuple(dict.fromkeys(layer % len(parts.tower_layers) for layer in layers))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the latest images."""
+        self.lengths: list[int] | None = None
+        self.views: dict[int, list[AttentionView]] = {layer: [] for layer in self.layers}
+        self._given: dict[str, Any] = {}
+        self._packed: dict[str, Any] = {}
+        self._window: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[None]:
+        """Watch the encoder; undo it on leaving."""
+        inner, tower = self.parts.inner, self.parts.tower
+        self.number = {self.parts.tower_attention[i]: i for i in self.layers}
+        with ExitStack() as stack:
+            stack.enter_context(around(inner, "get_image_features", self._encode))
+            if hasattr(inner, "pack_image_features"):
+                self.pack = inner.pack_image_features
+                stack.enter_context(around(inner, "pack_image_features", self._pack))
+            if hasattr(tower, "permute_input_for_window_attn"):
+                stack.enter_context(around(tower, "permute_input_for_window_attn", self._permute))
+            stack.callback(self.parts.projector.register_forward_pre_hook(self._project).remove)
+            stack.enter_context(listen(model, self, list(self.number)))
+            yield
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    def _encode(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.clear()
+        self._given = inspect.signature(encode).bind(*args, **kwargs).arguments
+        output = encode(*args, **kwargs)
+        self.lengths = [len(tokens) for tokens in output.pooler_output]
+        return output
+
+    def _pack(self, pack: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._packed = inspect.signature(pack).bind(*args, **kwargs).arguments
+        return pack(*args, **kwargs)
+
+    def _permute(self, permute: Callable, x: torch.Tensor, window_index: torch.Tensor, *args: Any, **kwargs: Any):
+        self._window = window_index
+        return permute(x, window_index, *args, **kwargs)
+
+    def _project(self, projector: nn.Module, args: tuple) -> None:
+        self._input = args[0]
+
+    def fold(self, module: nn.Module, view: AttentionView) -> None:
+        self.views[self.number[module]].append(view)
+
+    # --- what the tokens are ------------------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> int:
+        """Patches that make one visual token."""
+        config = self.parts.inner.config
+        if self.parts.name == "qwen2_5_vl":
+            return self.parts.tower.spatial_merge_unit
+        return round(config.downsample_ratio**-2) if self.parts.name == "internvl" else 1
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring numbers of patches [views, patches, c] into the order of visual tokens: [tokens, c], NaN = line end.
+
+        Where several patches make a token, it gets their mean.
+        """
+        if self._packed:
+            packed = dict(self._packed)
+            packed["image_features"] = torch.split(x, [len(views) for views in packed["image_features"]])
+            packed["image_newline"] = x.new_full((x.shape[-1],), float("nan"))
+            return torch.cat(self.pack(**packed)[0])
+        if self.parts.name == "internvl":
+            side = round(x.shape[1] ** 0.5)
+            ratio = self.parts.inner.config.downsample_ratio
+            groups = self.parts.inner.pixel_shuffle(x.unflatten(1, (side, side)), scale_factor=ratio)
+            return groups.flatten(0, 2).unflatten(-1, (self.group, -1)).mean(-2)
+        if self.parts.name == "qwen2_5_vl":
+            return self._unwindow(x.flatten(0, 1).unflatten(0, (-1, self.group)).mean(1))
+        return x.flatten(0, 1)
+
+    def _unwindow(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self._window.argsort()]
+
+    def line_ends(self) -> torch.Tensor:
+        """[tokens] bool: tokens that end a line of patches and show none."""
+        if not self._packed:
+            return torch.zeros(sum(self.lengths), dtype=torch.bool, device=self._input.device)
+        return self.tokens(torch.zeros(*self._input.shape[:2], 1, device=self._input.device))[:, 0].isnan()
+
+    def places(self) -> torch.Tensor:
+        """[tokens, 3] view (0 = the whole image), row and column of every token in it; -1 = line end."""
+        device = self._input.device
+        if self.parts.name == "qwen2_5_vl":
+            side = round(self.group**0.5)
+            grids = (self._given["image_grid_thw"] // torch.tensor([1, side, side], device=device)).tolist()
+            return torch.cat([_raster(*grid, device) for grid in grids])
+        if self._packed:
+            views = [torch.arange(len(v), device=device) for v in self._packed["image_features"]]
+            n = self._input.shape[1]
+            place = _raster(1, round(n**0.5), n // round(n**0.5), device)[:, 1:].expand(sum(map(len, views)), -1, -1)
+            place = torch.cat([torch.cat(views)[:, None, None].expand(-1, n, 1), place], 2)
+            return self.tokens(place.float()).nan_to_num(-1).round().long()
+        views, n = self.lengths, self.lengths[0]  # InternVL's tiles are images of their own
+        return _raster(1, round(n**0.5), n // round(n**0.5), device).repeat(len(views), 1)
+
+    def features(self) -> torch.Tensor:
+        """[tokens, c] what the projector turns into visual tokens; zero at line ends."""
+        x = self._input
+        if self.parts.name == "qwen2_5_vl":
+            return self._unwindow(x.unflatten(0, (-1, self.group)).flatten(1))
+        return x.flatten(0, 1) if self.parts.name == "internvl" else self.tokens(x).nan_to_num(0.0)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Send [..., c] features through the projector: [..., d]."""
+        if self.parts.name == "qwen2_5_vl":
+            flat = features.unflatten(-1, (self.group, -1)).flatten(0, -2)
+            return self.parts.projector(flat).view(*features.shape[:-1], -1)
+        return self.parts.projector(features)
+
+    # --- what attention did -------------------------------------------------------------------------------------------
+
+    def _at(self, layer: int) -> list[AttentionView]:
+        views = self.views.get(layer % len(self.parts.tower_layers))
+        if not views:
+            raise ValueError(
+                f"the attention of vision block {layer} was not kept: the images were encoded outside the `with` "
+                "block, or the method does not list the block in `tower_layers`"
+            )
+        return views
+
+    def class_attention(self, layer: int) -> torch.Tensor:
+        """[tokens, h] attention of the class token, by head.
+
+        Raises:
+            ValueError: Where the encoder has no class token.
+        """
+        if not self.parts.has_cls:
+            raise ValueError(f"the vision encoder of {self.parts.name} has no class token")
+        heads = [score.attention_from(view, 0, self.parts.prefix) for view in self._at(layer)]
+        return self.tokens(torch.cat(heads).transpose(1, 2))
+
+    def received(self, layer: int) -> torch.Tensor:
+        """[tokens, h] attention received, mean over query rows, by head."""
+        heads = [score.attention_received(view, self.parts.prefix) for view in self._at(layer)]
+        return self.tokens(_join(heads, -1).transpose(1, 2))
+
+    def keys(self, layer: int, values: bool = False) -> torch.Tensor:
+        """[tokens, h, d] keys, or values, of the patches."""
+        parts = [(view.v if values else view.k)[:, :, self.parts.prefix :].float() for view in self._at(layer)]
+        x = _join(parts, 2).transpose(1, 2)
+        return self.tokens(x.flatten(2)).unflatten(1, x.shape[2:])
+
+    def one_head(self, layer: int) -> torch.Tensor:
+        """[tokens, 1] class attention computed as if the layer had a single head as wide as all of them.
+
+        Source: LLaVA-PruMerge and Recoverable Compression, whose code does not split the heads.
+        """
+        views = self._at(layer)
+        q, k = (torch.cat([getattr(v, name) for v in views]).transpose(1, 2).flatten(2).float() for name in "qk")
+        logits = (q[:, :1] @ k.transpose(1, 2)) * q.shape[-1] ** -0.5
+        return self.tokens(logits.softmax(-1)[:, 0, self.parts.prefix :, None])
+
+
+def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Windows of one sequence behind each other; batches of views side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _raster(frames: int, rows: int, cols: int, device: torch.device) -> torch.Tensor:
+    """[frames * rows * cols, 3] frame, row and column in reading order."""
+    sides = (torch.arange(side, device=device) for side in (frames, rows, cols))
+    return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).flatten(0, 2)
+
+
+@contextmanager
+def around(owner: Any, name: str, run: Callable) -> Iterator[None]:
+    """Replace a method of one object by run(original, ...), and undo it on leaving."""
+    original, held = getattr(owner, name), owner.__dict__.get(name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return run(original, *args, **kwargs)
+
+    owner.__dict__[name] = wrapped
+    try:
+        yield
+    finally:
+        if held is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = held
