@@ -106,7 +106,7 @@ class Encoder(Listener):
         if self.parts.name == "internvl":
             side = round(x.shape[1] ** 0.5)
             ratio = self.parts.inner.config.downsample_ratio
-            groups = self.parts.inner.pixel_shuffle(x.unflatten(1, (side, side)), scale_factor=ratio)
+            groups = self.parts.inner.pixel_shuffle(x.unflatten(1, (side, side)).contiguous(), scale_factor=ratio)
             return groups.flatten(0, 2).unflatten(-1, (self.group, -1)).mean(-2)
         if self.parts.name == "qwen2_5_vl":
             return self._unwindow(x.flatten(0, 1).unflatten(0, (-1, self.group)).mean(1))

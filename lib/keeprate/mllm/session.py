@@ -342,7 +342,7 @@ class MLLMSession(Listener):
         kept = select.ragged(inside & ~ends[token])
         token = token.gather(1, kept.index)
         spot = select.ragged(self.is_visual).index[row]  # slots of a sample's visual tokens
-        slot = spot.gather(1, offset[image][:, None] + kept.index.clamp_max(spot.shape[1] - 1))
+        slot = spot.gather(1, (offset[image][:, None] + kept.index).clamp_max(spot.shape[1] - 1))
         self._note_places(row, offset[image], kept, places[token])
         words = select.ragged(self.is_text) if bool(self.is_text.any(1).all()) else None
         text = x[:, :0] if words is None else gather_tokens(x, words.index)
