@@ -443,13 +443,21 @@ class MLLMMethod(Method):
         """
         from keeprate.mllm.session import MLLMSession
 
+        return MLLMSession(self, self.parts_of(model), seed, masked, text).attach(model)
+
+    def parts_of(self, model: nn.Module) -> Multimodal:
+        """Anatomy of a model that the method supports.
+
+        Raises:
+            ValueError: On any other model.
+        """
         parts = multimodal(model)
         if parts.name not in self.architectures():
             raise ValueError(
                 f"{self.name} does not support {parts.name} ({type(model).__name__}); it works on "
                 f"{', '.join(self.architectures())}"
             )
-        return MLLMSession(self, parts, seed, masked, text).attach(model)
+        return parts
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,25 @@ class MLLMTrace(Trace):
 _active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+@contextmanager
+def alone(body: nn.Module) -> Iterator[None]:
+    """Let one visual-token method at a time work on a language model, in front of an attention it knows.
+
+    Raises:
+        ValueError: If another one is active, or the model uses neither sdpa nor eager attention.
+    """
+    if body in _active:
+        raise ValueError("a visual-token method is active on this model already; leave its with block first")
+    inner = getattr(body.config, "_attn_implementation", "sdpa").removeprefix("keeprate_")
+    if inner not in ("sdpa", "eager"):
+        raise ValueError(f"visual-token methods work in front of sdpa or eager attention; this model uses {inner!r}")
+    _active.add(body)
+    try:
+        yield
+    finally:
+        _active.discard(body)
+
+
 class MLLMSession(Listener):
     """One method on one model: finds the visual tokens, shortens the sequence, keeps caches and positions in step."""
 
@@ -85,16 +104,8 @@ class MLLMSession(Listener):
     def attach(self, model: nn.Module) -> Iterator[MLLMTrace]:
         """Watch encoder, layers and attention; undo it on leaving."""
         parts, body = self.parts, self.parts.body
-        if body in _active:
-            raise ValueError("a visual-token method is active on this model already; leave its with block first")
-        inner = getattr(body.config, "_attn_implementation", "sdpa").removeprefix("keeprate_")
-        if inner not in ("sdpa", "eager"):
-            raise ValueError(
-                f"visual-token methods work in front of sdpa or eager attention; this model uses {inner!r}"
-            )
         with ExitStack() as stack:
-            _active.add(body)
-            stack.callback(_active.discard, body)
+            stack.enter_context(alone(body))
             stack.callback(self._stop)
             self.running = True
             stack.enter_context(self.encoder.attach(model))
