@@ -9,3 +9,4 @@ from keeprate.mllm.fastv import FastV
 from keeprate.mllm.gap import GAP
 from keeprate.mllm.pyramiddrop import PyramidDrop
 from keeprate.mllm.session import MLLMSession, MLLMTrace
+from keeprate.mllm.trimmedllama import TrimmedLlama
