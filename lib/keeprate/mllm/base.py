@@ -389,6 +389,10 @@ class MLLMMethod(Method):
         """Tower blocks whose attention `before` reads; negative numbers count from the last."""
         return ()
 
+    def encoder(self, parts: Multimodal) -> Encoder:
+        """What watches the vision encoder; a method that changes what it does gives its own."""
+        return Encoder(parts, self.tower_layers(parts))
+
     def layers_at(self, depth: int) -> tuple[int, ...]:
         """0-based decoder layers before which (`middle`: within which) `inside` is called, increasing.
 
@@ -566,6 +570,9 @@ class Wrapper(MLLMMethod):
 
     def tower_layers(self, parts: Multimodal) -> tuple[int, ...]:
         return self.base.tower_layers(parts)
+
+    def encoder(self, parts: Multimodal) -> Encoder:
+        return self.base.encoder(parts)
 
     def layers_at(self, depth: int) -> tuple[int, ...]:
         return self.base.layers_at(depth)

@@ -23,7 +23,7 @@ from keeprate.attention import AttentionView, Listener, listen
 from keeprate.kv.cache import take_over
 from keeprate.kv.rope import turn
 from keeprate.mllm.base import Choice, Inside, MLLMMethod, Visual, dropped
-from keeprate.mllm.encoder import Encoder, around
+from keeprate.mllm.encoder import around
 from keeprate.reduce import Reduction, gather_tokens
 from keeprate.trace import Step, Trace
 
@@ -91,7 +91,7 @@ class MLLMSession(Listener):
         self.stages = {layer: i + 1 for i, layer in enumerate(method.layers_at(parts.depth))}
         self.watched = frozenset(method.watched(parts.depth))
         self.policy = method.policy_on(parts)
-        self.encoder = Encoder(parts, method.tower_layers(parts))
+        self.encoder = method.encoder(parts)
         self.number = {layer.self_attn: i for i, layer in enumerate(parts.layers)}
         self.generator = torch.Generator().manual_seed(seed)
         self.trace = MLLMTrace(repr(method), depth=parts.depth)
