@@ -21,6 +21,11 @@ BASELINES = {
     "OracleKV": ("*", (0, (1, 1))),
     "RandomRead": ("1", (0, (4, 1.5, 1, 1.5))),
     "TopKRead": ("2", (0, (1, 2.5))),
+    "RandomVisual": ("x", (0, (4, 1.5))),
+    "RandomInside": ("1", (0, (4, 1.5, 1, 1.5))),
+    "UniformGrid": ("+", (0, (1, 1))),
+    "Pooling": ("2", (0, (1, 2.5))),
+    "OracleVisual": ("*", (0, (1, 1))),
     "dense": ("", "--"),
 }
 # fixed places in COLOURS within each family, seven at a time; the first seven are solid, the next dashed
@@ -34,6 +39,13 @@ ORDER = {
         *("PyramidKV", "VATP", "CAOTE", "KNorm", "TOVA", "RCStat", "SepLLM"),
         *("Quest", "Scissorhands", "TidalDecode", "A2SF", "TokenSelect", "ZipCache", "FASA"),
         *("ActQKV", "PoD"),
+    ),
+    "mllm": (
+        *("FasterVLM", "DivPrune", "VisionZip", "FastV", "PyramidDrop", "SparseVLM", "DART"),
+        *("MMTok", "TRIM", "ZOOPrune", "VScan", "FlowCut", "TransPrune", "BTP"),
+        *("PruMerge", "VTCCLS", "FoPru", "ToDRE", "GreedyPrune", "GPrune", "TSC"),
+        *("RecoverableCompression", "Script", "STAR", "FiCoCo", "Simignore", "CoreMatching", "MustDrop"),
+        *("GAP", "AttentionDebiasing", "TrimmedLlama"),
     ),
 }
 RC = {
