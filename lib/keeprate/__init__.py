@@ -7,7 +7,7 @@
 import importlib
 from typing import Any
 
-from keeprate import attention, kv, mllm, reduce, score, select, vit
+from keeprate import attention, kv, mllm, reduce, score, select, sft, vit
 from keeprate.anatomy import anatomy
 from keeprate.attention import listen
 from keeprate.budget import Budget
@@ -46,6 +46,7 @@ __all__ = [
     "register",
     "score",
     "select",
+    "sft",
     "start",
     "task",
     "vit",
