@@ -1,0 +1,114 @@
+"""One look at the images for all methods: what the vision encoder saw, shown to each in place of another look."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from keeprate import attention
+from keeprate.anatomy import multimodal
+from keeprate.attention import AttentionView, Listener, listen
+from keeprate.measure.kv import _Recorded
+from keeprate.mllm.encoder import around
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of the vision encoder: its hooks, the tensors it was given, what it gave, what its attention saw."""
+
+    hooks: list[int]
+    given: list[torch.Tensor]
+    output: Any
+    views: list[tuple[nn.Module, AttentionView]]
+
+
+class Sight(Listener):
+    """What the vision encoder of a model saw, to be shown to methods in place of another look.
+
+    Args:
+        model: A multimodal model of transformers. One whose encoder attends in windows looks again every time.
+        memory: Whether statistics of the encoder's attention are computed once for all methods that ask for the same
+            ones; False where methods are timed.
+
+    Example:
+        >>> sight = Sight(vlm.model)                        # doctest: +SKIP
+        >>> with sight.watch():                             # doctest: +SKIP
+        ...     vlm.model(**inputs)
+        >>> with sight.show(), method(vlm.model) as trace:  # doctest: +SKIP
+        ...     vlm.model(**inputs)
+    """
+
+    def __init__(self, model: nn.Module, memory: bool = True):
+        self.model, self.parts, self.memory = model, multimodal(model), memory
+        self.works = not hasattr(self.parts.tower, "permute_input_for_window_attn")  # their order is learned from a run
+        self.seen: list[_Seen] = []
+        self._views: list[tuple[nn.Module, AttentionView]] = []
+
+    def fold(self, module: nn.Module, view: AttentionView) -> None:
+        kind = _Recorded if self.memory else AttentionView
+        self._views.append((module, kind(**{f.name: getattr(view, f.name) for f in fields(AttentionView)})))
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record what the encoder does inside the block, and nothing from before."""
+        self.seen = []
+        if not self.works:
+            yield
+            return
+        with (
+            around(self.parts.tower, "forward", self._record),
+            listen(self.model, self, list(self.parts.tower_attention)),
+        ):
+            yield
+
+    @contextmanager
+    def show(self) -> Iterator[None]:
+        """Inside the block, the encoder gives for images that it has seen what it gave then.
+
+        It looks at others, and at all where a method takes part in the encoder's own work.
+        """
+        if not self.works:
+            yield
+            return
+        with around(self.parts.tower, "forward", self._replay):
+            yield
+
+    def _record(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._views = []
+        output = forward(*args, **kwargs)
+        self.seen.append(_Seen(self._hooks(), _tensors(args, kwargs), _copied(output), self._views))
+        return output
+
+    def _replay(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        given, hooks = _tensors(args, kwargs), self._hooks()
+        for seen in self.seen:
+            same = seen.hooks == hooks and len(seen.given) == len(given)
+            if same and not self._changed() and all(map(torch.equal, seen.given, given)):
+                for module, view in seen.views:
+                    for listener in attention._listeners.get(module, ()):
+                        listener.fold(module, view)
+                return _copied(seen.output)
+        return forward(*args, **kwargs)
+
+    def _hooks(self) -> list[int]:
+        """How many hooks, or replaced methods, each module inside the encoder has."""
+        modules = [module for module in self.parts.tower.modules() if module is not self.parts.tower]
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in modules]
+
+    def _changed(self) -> bool:
+        """Whether somebody takes part in the encoder's attention rather than looking on."""
+        listeners = {type(one) for module in self.parts.tower_attention for one in attention._listeners.get(module, ())}
+        return any(one.gather is not Listener.gather or one.attend is not Listener.attend for one in listeners)
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    return [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+
+
+def _copied(output: Any) -> Any:
+    """The same tensors in a container of their own: models write into the encoder's output."""
+    return type(output)(**output) if isinstance(output, ModelOutput) else output
