@@ -12,7 +12,8 @@ from keeprate.anatomy import DECODERS, supported
 from keeprate.method import Method, papers, register
 
 COLUMNS = ["name", "family", "paper", "arxiv", "year", "kind", "needs", "architectures", "reconstructed"]
-NO_PAPER = {"RandomKV", "OracleKV", "RandomRead"}  # lines of every figure rather than anybody's proposal
+# lines of every figure rather than anybody's proposal
+NO_PAPER = {"RandomKV", "OracleKV", "RandomRead", "SFT", "RandomMask"}
 TABLE = kr.methods()
 
 
@@ -32,6 +33,14 @@ def test_the_kv_methods_are_there():
         "A2SF VATP CAOTE SepLLM RCStat KVCompose ZipCache PoD Quest TidalDecode TokenSelect FASA ActQKV"
     )
     assert set(wanted.split()) <= set(kr.methods("kv")["name"])
+
+
+def test_the_fine_tuning_methods_are_there():
+    wanted = (
+        "SFT RandomMask Focal DFT EntropyWeight Rho1 TokenCleaning SsToken ProFit RFT PDL NTL TLTraining TokenFilter "
+        "CT PRIOR"
+    )
+    assert set(wanted.split()) <= set(kr.methods("sft")["name"])
 
 
 def test_every_paper_belongs_to_a_method_and_every_method_has_an_entry():
@@ -60,7 +69,7 @@ def test_every_row_is_complete(row):
     assert 1900 < row.year < 2100
     if row.family == "vit":
         assert set(row.architectures.split(", ")) <= set(supported())
-    if row.family == "kv":
+    if row.family in ("kv", "sft"):
         assert set(row.architectures.split(", ")) <= set(DECODERS.values())
 
 
@@ -81,7 +90,7 @@ def test_every_method_is_a_documented_frozen_value(row):
 
 
 def test_one_family_is_a_part_of_the_table():
-    for family in ("vit", "kv"):
+    for family in ("vit", "kv", "sft"):
         assert set(kr.methods(family)["family"]) == {family}
     with pytest.raises(ValueError, match="'audio'") as error:
         kr.methods("audio")

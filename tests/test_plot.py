@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import keeprate as kr
-from keeprate import kv, plot
+from keeprate import plot
 from keeprate.models import Loaded
 from keeprate.plot import widget
 
@@ -51,7 +51,7 @@ def table():
 
 @pytest.mark.parametrize("family", plot.look.ORDER)
 def test_every_method_has_a_look_of_its_own(family):
-    assert {"vit": kr.vit, "kv": kv}.get(family), "a family that this test knows"
+    assert len(kr.methods(family)), "the order of a family that exists"
     names = kr.methods(family)["name"]
     assert not set(names) - {*plot.look.ORDER[family], *plot.look.BASELINES}, "a place in plot.look.ORDER is missing"
     looks = {(plot.colour(n), plot.dashes(n)) for n in names}

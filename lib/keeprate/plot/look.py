@@ -26,6 +26,9 @@ BASELINES = {
     "UniformGrid": ("+", (0, (1, 1))),
     "Pooling": ("2", (0, (1, 2.5))),
     "OracleVisual": ("*", (0, (1, 1))),
+    "SFT": ("", "--"),
+    "RandomMask": ("x", (0, (4, 1.5))),
+    "Oracle": ("*", (0, (1, 1))),
     "dense": ("", "--"),
 }
 # fixed places in COLOURS within each family, seven at a time; the first seven are solid, the next dashed
@@ -46,6 +49,10 @@ ORDER = {
         *("PruMerge", "VTCCLS", "FoPru", "ToDRE", "GreedyPrune", "GPrune", "TSC"),
         *("RecoverableCompression", "Script", "STAR", "FiCoCo", "Simignore", "CoreMatching", "MustDrop"),
         *("GAP", "AttentionDebiasing", "TrimmedLlama"),
+    ),
+    "sft": (
+        *("Rho1", "TokenCleaning", "SsToken", "ProFit", "DFT", "EntropyWeight", "Focal"),
+        *("RFT", "PDL", "NTL", "TLTraining", "TokenFilter", "CT", "PRIOR"),
     ),
 }
 RC = {

@@ -29,7 +29,8 @@ class RFT(SFTMethod):
 
     Args:
         tau: Temperature.
-        shuffled, original: Columns with the two losses.
+        shuffled: Column with l_shuffled.
+        original: Column with l_original.
         denominator: See `SFTMethod`.
 
     Source: SHAD and RFT (2412.14780), equations 3 to 6 as reviewed; the released code was not at hand.

@@ -29,7 +29,8 @@ class TokenCleaning(SFTMethod):
         keep: Share of the target tokens that is trained on, in (0, 1].
         scope: "dataset", which needs `prepare`; or "sequence", each by itself, the baseline of the paper that it calls
             Rho.
-        base, reference: Columns with the two losses.
+        base: Column with l_base.
+        reference: Column with l_ref.
         kept: Column that `prepare` writes.
         denominator: See `SFTMethod`.
 
