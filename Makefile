@@ -50,6 +50,8 @@ train: $(READY)
 	$(BIN)/python -m keeprate.train.siglip_digits
 	$(BIN)/python -m keeprate.train.llama_docs
 	$(BIN)/python -m keeprate.train.llama_docs_draft
+	$(BIN)/python -m keeprate.train.clip_digits
+	$(BIN)/python -m keeprate.train.llava_digits
 
 # Store the numbers of the latest runs in data/expected, showing old and new.
 expected: $(READY)

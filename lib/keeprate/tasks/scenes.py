@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ COLOURS = {
 }
 BACKGROUNDS = ("brick", "grass", "gravel", "moon", "stars", "tissue", "retina", "wood")
 MOST_DIGITS, MOST_PHOTOS = 4, 3
-DIGIT_HEIGHT, PHOTO_HEIGHT = (16.0, 20.0), (16.0, 20.0)  # pixels
+HEIGHT = (16.0, 20.0)  # pixels, of digits and photographs
 BRIGHTNESS = (0.1, 0.26)  # mean luminance of a background
 WINDOW = 32  # pixels, a whole number of patches that holds any item wherever it begins
 THUMBNAIL = 24  # pixels
@@ -201,7 +202,7 @@ def backgrounds(rng: np.random.Generator, which: Tensor, split: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch of scenes and what is in them. Slots 0..3 are for digits, 4..6 for photographs.
+    """A batch of scenes and what is in them. Slots 0..3 are for digits, 4..6 for photographs; see `crowd` for others.
 
     Attributes:
         pixels: uint8 [n, 3, 96, 96].
@@ -288,24 +289,76 @@ def draw(
     if row.shape != (n,) or row.dtype != torch.bool:
         raise ValueError(f"row must be bool [{n}]; got {row.dtype} {tuple(row.shape)}")
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.from_numpy(rng.uniform(low, high, shape)).float()
-
     filled, cells = _layout(rng, n, row)
-    ink, label = digits.glyphs(split)
     values = torch.from_numpy(rng.random((n, 10)).argsort(1)[:, :MOST_DIGITS].copy())
     objects = torch.from_numpy(rng.random((n, len(PHOTOS))).argsort(1)[:, :MOST_PHOTOS].copy()) + len(DIGITS)
     classes = torch.cat([values, objects], 1)  # n 7, no class twice
     colours = torch.from_numpy(rng.integers(len(COLOURS), size=(n, MOST_DIGITS)))
     colours = torch.cat([colours, torch.full((n, MOST_PHOTOS), -1)], 1)
-    height = torch.cat([uniform(*DIGIT_HEIGHT, n, MOST_DIGITS), uniform(*PHOTO_HEIGHT, n, MOST_PHOTOS)], 1)
+    height = _uniform(rng, *HEIGHT, n, filled.shape[1])
     centre = _centres(rng, cells, filled, height)
+    return _render(rng, split, clutter, filled, classes, cells, colours, centre, height)
+
+
+def crowd(rng: np.random.Generator, n: int, split: str = "train", clutter: float = 1.0) -> Drawn:
+    """Draw scenes as full as can be, to learn many digits from at once; no question can be asked about them.
+
+    Twelve digits and four photographs, any class any number of times, stand on a board that is shifted at random; those
+    that would leave the picture are left out.
+
+    Args:
+        rng: source of chance.
+        n: number of scenes.
+        split: "train" or "test".
+        clutter: brightness of the background, 0 to 1.
+
+    Returns:
+        The scenes, slots 0..11 for digits, 12..15 for photographs.
+    """
+    photos = BOARD
+    classes = torch.from_numpy(rng.integers(len(DIGITS), size=(n, BOARD**2)))
+    classes[:, -photos:] = torch.from_numpy(rng.integers(len(DIGITS), len(CLASSES), (n, photos)))
+    colours = torch.from_numpy(rng.integers(len(COLOURS), size=(n, BOARD**2)))
+    colours[:, -photos:] = -1
+    cells = torch.from_numpy(rng.random((n, BOARD**2)).argsort(1))
+    height = _uniform(rng, *HEIGHT, n, BOARD**2)
+    middle = torch.stack([cells // BOARD, cells % BOARD], -1) * CELL + CELL / 2
+    shift = _uniform(rng, -CELL / 2, CELL / 2, n, 1, 2) + _uniform(rng, -1.5, 1.5, n, BOARD**2, 2)
+    centre, half = middle + shift, height[:, :, None] / 2
+    filled = ((centre >= half) & (centre <= SIDE - half)).all(-1)
+    y, x = (centre / CELL).long().clamp(0, BOARD - 1).unbind(-1)
+    return _render(rng, split, clutter, filled, classes, y * BOARD + x, colours, centre, height)
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Random numbers, float32."""
+    return torch.from_numpy(rng.uniform(low, high, shape)).float()
+
+
+def _render(
+    rng: np.random.Generator,
+    split: str,
+    clutter: float,
+    filled: Tensor,
+    classes: Tensor,
+    cells: Tensor,
+    colours: Tensor,
+    centre: Tensor,
+    height: Tensor,
+) -> Drawn:
+    """Paint scenes; all but ``centre`` [n, s, 2] and ``height`` [n, s], in pixels, as in `Drawn`, -1 not yet set."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return _uniform(rng, low, high, *shape)
+
+    n = len(filled)
+    ink, label = digits.glyphs(split)
     start = ((centre - height[:, :, None] / 2 - 1) / PATCH).floor().clamp(0, (SIDE - WINDOW) // PATCH).long() * PATCH
     local = centre - start
 
     scene, slot = filled.nonzero().T  # k items in all
     k, wild = len(scene), 1.5 if split == "train" else 1.0  # few hands are known: vary them more than the test does
-    is_digit = slot < MOST_DIGITS
+    is_digit = colours[scene, slot] >= 0
     angle, slant = uniform(-0.1, 0.1, k) * wild, uniform(-0.1, 0.1, k) * wild
     threshold, bend = uniform(0.35, 0.55, k), uniform(-0.08, 0.08, k, 4) * (wild > 1)
     alpha, paint = torch.empty(k, WINDOW, WINDOW), torch.empty(k, 3, WINDOW, WINDOW)
@@ -574,3 +627,31 @@ def sample(n: int, seed: int = 0, split: str = "test", kinds: Sequence[str] = KI
     drawn = draw(rng, n, split, row)
     asked = ask_each(rng, drawn, of)
     return Scenes(drawn.pixels, asked.questions, asked.answers, of, asked.truth, asked.local, captions(drawn), drawn)
+
+
+@torch.inference_mode()
+def replies(model: Any, processor: Any, drawn: Scenes, batch: int = 32, most: int = 5) -> list[str]:
+    """What a model says, greedily.
+
+    Args:
+        model: an image-text-to-text model of transformers, such as ``kr.load("llava-digits").model``.
+        processor: of the model.
+        drawn: the sample.
+        batch: questions a call.
+        most: tokens of a reply.
+
+    Returns:
+        One reply a question, without surrounding spaces; right where it equals ``drawn.answers``.
+    """
+    from PIL import Image
+
+    check.whole("batch", batch), check.whole("most", most)
+    device, said = next(model.parameters()).device, []
+    for start in range(0, len(drawn), batch):
+        part = slice(start, start + batch)
+        images = [Image.fromarray(pixels) for pixels in drawn.pixels[part].permute(0, 2, 3, 1).numpy()]
+        text = [f"<image> {question}" for question in drawn.questions[part]]
+        fed = processor(images=images, text=text, padding=True, return_tensors="pt").to(device)
+        out = model.generate(**fed, max_new_tokens=most, do_sample=False)[:, fed["input_ids"].shape[1] :]
+        said += [line.strip() for line in processor.batch_decode(out, skip_special_tokens=True)]
+    return said
