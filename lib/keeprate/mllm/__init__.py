@@ -7,6 +7,15 @@ from keeprate.mllm.divprune import DivPrune
 from keeprate.mllm.fastervlm import FasterVLM
 from keeprate.mllm.fastv import FastV
 from keeprate.mllm.gap import GAP
+from keeprate.mllm.gprune import GPrune
+from keeprate.mllm.greedyprune import GreedyPrune
+from keeprate.mllm.mmtok import MMTok
 from keeprate.mllm.pyramiddrop import PyramidDrop
+from keeprate.mllm.recoverable import RecoverableCompression
+from keeprate.mllm.script import Script
 from keeprate.mllm.session import MLLMSession, MLLMTrace
+from keeprate.mllm.todre import ToDRE
+from keeprate.mllm.trim import TRIM
 from keeprate.mllm.trimmedllama import TrimmedLlama
+from keeprate.mllm.tsc import TSC
+from keeprate.mllm.zooprune import ZOOPrune
