@@ -219,6 +219,16 @@ class Inside:
         """[b, d] hidden state of the last real token."""
         return gather_tokens(self.sequence, self.last[:, None])[:, 0]
 
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """[b, m] which tokens of the running sequence are real."""
+        return self.session.present()
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """[b, v, 4] image of the sample, view, row and column of every visual token, -1 = none."""
+        return gather_tokens(self.session.places(), self.ids.clamp_min(0))
+
     def hide(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores [b, v] in fp32 with padding at -inf."""
         return scores.float() if self.valid is None else scores.float().masked_fill(~self.valid, float("-inf"))

@@ -37,6 +37,7 @@ class Encoder(Listener):
 
     def clear(self) -> None:
         """Forget the latest images."""
+        self._encoding = False
         self.lengths: list[int] | None = None
         self.views: dict[int, list[AttentionView]] = {layer: [] for layer in self.layers}
         self._given: dict[str, Any] = {}
@@ -65,7 +66,11 @@ class Encoder(Listener):
     def _encode(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         self.clear()
         self._given = inspect.signature(encode).bind(*args, **kwargs).arguments
-        output = encode(*args, **kwargs)
+        self._encoding = True
+        try:
+            output = encode(*args, **kwargs)
+        finally:
+            self._encoding = False
         self.lengths = [len(tokens) for tokens in output.pooler_output]
         return output
 
@@ -78,7 +83,8 @@ class Encoder(Listener):
         return permute(x, window_index, *args, **kwargs)
 
     def _project(self, projector: nn.Module, args: tuple) -> None:
-        self._input = args[0]
+        if self._encoding:  # methods send features through it too
+            self._input = args[0]
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
         self.views[self.number[module]].append(view)

@@ -316,8 +316,7 @@ class MLLMSession(Listener):
         """Positions without gaps for the tokens that are left, and how far the last one moved."""
         whole = self.positions.expand(*self.positions.shape[:-2], len(self.ids), self.n)
         text = whole if whole.dim() == 2 else whole.amax(0)
-        real = self.real.gather(1, self.ids)
-        real = real if self.valid is None else real & self.valid
+        real = self.present()
         begin = text.gather(1, self.real.to(torch.uint8).argmax(1)[:, None])
         begin = begin if shift is None else begin - shift[:, None]
         new = begin + (real.long().cumsum(1) - 1).clamp_min(0)
@@ -469,7 +468,7 @@ class MLLMSession(Listener):
     def _member(self, ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """[b, n0] whether the token that stands for each visual token is one of `ids` [b, v] where `among`."""
         table = torch.zeros(self.home.shape, dtype=torch.int8, device=ids.device)
-        table = table.scatter_add(1, ids, among.to(torch.int8)) > 0
+        table = table.scatter_add(1, ids.clamp_min(0), among.to(torch.int8)) > 0  # padding stands anywhere
         return table.gather(1, self.home.clamp_min(0)) & (self.home >= 0)
 
     def _apply(
@@ -549,6 +548,15 @@ class MLLMSession(Listener):
             self.state[name] = torch.zeros(self.ids.shape, device=self.ids.device)
         return self.state[name]
 
+    def present(self) -> torch.Tensor:
+        """See `Inside.real`."""
+        real = self.real.gather(1, self.ids)
+        return real if self.valid is None else real & self.valid
+
+    def places(self) -> torch.Tensor:
+        """[b, n0, 4], see `MLLMTrace.places`."""
+        return self.trace.places[-len(self.ids) :, : self.home.shape[1]]
+
     def ahead(self, number: int, rows: torch.Tensor) -> AttentionView:
         """See `Inside.ahead`."""
         layer, x = self.parts.layers[number], self.sequence
@@ -563,8 +571,7 @@ class MLLMSession(Listener):
 
         q = heads(gather_tokens(normed, rows), "q", gather_tokens(cos, rows), gather_tokens(sin, rows))
         k = heads(normed, "k", cos, sin)
-        real = self.real.gather(1, self.ids)
-        real = real if self.valid is None else real & self.valid
+        real = self.present()
         mask = (self.ids[:, None] <= self.ids.gather(1, rows)[:, :, None]) & real[:, None]  # b r m
         held = self.cache[number] if self.cache else None
         if held is not None and held.seen:

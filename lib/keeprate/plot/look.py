@@ -109,7 +109,7 @@ def marker(name: str) -> str:
 def dashes(name: str) -> Any:
     """The line style of a method, as matplotlib takes it."""
     short = name.split("(")[0]
-    return BASELINES[short][1] if short in BASELINES else DASHES[place(name) // len(COLOURS)]
+    return BASELINES[short][1] if short in BASELINES else DASHES[place(name) // len(COLOURS) % len(DASHES)]
 
 
 def axes(ax: Axes | None, size: tuple[float, float] = SIZE) -> Axes:
