@@ -10,7 +10,7 @@ from keeprate.check import number
 from keeprate.method import register
 from keeprate.mllm.base import Inside, best, check_layers, dropped, first
 from keeprate.mllm.staged import StagedMethod, at_depth
-from keeprate.reduce import Reduction, gather_tokens
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
@@ -138,9 +138,8 @@ def manhattan(place: torch.Tensor) -> torch.Tensor:
 
 def _places(t: Inside) -> torch.Tensor:
     """[b, v, 4] image, view, row and column of the visual tokens; a token without a place gets its number as column."""
-    place = gather_tokens(t.session.trace.places[-len(t.ids) :], t.ids)
-    column = torch.where(place[..., 3] < 0, t.ids, place[..., 3])
-    return torch.cat([place[..., :3], column[..., None]], -1)
+    column = torch.where(t.place[..., 3] < 0, t.ids, t.place[..., 3])
+    return torch.cat([t.place[..., :3], column[..., None]], -1)
 
 
 def top_up(x: torch.Tensor, chosen: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from keeprate import score
 from keeprate.check import whole
 from keeprate.method import register
-from keeprate.mllm.base import Inside, InsideMethod, best, check_layers
-from keeprate.reduce import gather_tokens
+from keeprate.mllm.base import Inside, InsideMethod, best, check_layers, dropped
+from keeprate.reduce import Reduction, gather_tokens
 
 
 @register(kind="pruning", needs=("keys", "features"))
@@ -19,8 +19,11 @@ class DART(InsideMethod):
 
     Pivots are the visual and the question's tokens of largest ||K||_1 in layer K - 1, heads concatenated. Similarity is
     the cosine of the hidden states on entering layer K after the final norm. A pivot takes its equal part of what is
-    still to be chosen. The published count is 4 + 8 floor(keep n / 8); here the number of tokens is exact, so the first
-    pivots take one token more, and the order of pivots is fixed: visual ones first, each kind in reading order.
+    still to be chosen.
+
+    Published code takes keys from the cache, where their L1 norm changes with the position they are rotated to; here it
+    is taken before rotation, so that padding in front changes nothing. Its count is 4 + 8 floor(keep n / 8); here the
+    count is exact, the first pivots taking one token more. Visual pivots come first, each kind in reading order.
 
     Args:
         keep: The paper's setting of 128 of 576 tokens.
@@ -46,13 +49,18 @@ class DART(InsideMethod):
     def layers_at(self, depth: int) -> tuple[int, ...]:
         return check_layers((self.layer,), depth)
 
-    def score(self, t: Inside) -> torch.Tensor:
-        """||K||_1 of the visual tokens."""
-        return t.keys().abs().sum(-1)
+    def taps(self, depth: int) -> tuple[tuple[int, str], ...]:
+        return ((self.layer - 1, "self_attn.k_proj"),)
 
-    def choose(self, t: Inside, scores: torch.Tensor) -> torch.Tensor:
-        count = self.count(t)
-        keys = t.attention.k[:, :, -t.sequence.shape[1] :].float().abs().sum((1, 3))  # b m
+    def score(self, t: Inside) -> torch.Tensor:
+        return t.visual(self._keys(t))
+
+    def _keys(self, t: Inside) -> torch.Tensor:
+        """[b, m] ||K||_1 of every token of the sequence."""
+        return t.taps[self.layer - 1, "self_attn.k_proj"][1].float().abs().sum(-1)
+
+    def choose(self, t: Inside, scores: torch.Tensor) -> Reduction:
+        count, keys = self.count(t), self._keys(t)
         image = best(scores, count.clamp_max(self.image_pivots), t.valid)
         text = torch.zeros(t.text_slot.shape, dtype=torch.bool, device=image.device)
         if text.shape[1]:
@@ -60,7 +68,7 @@ class DART(InsideMethod):
         index, there = _pivots(image, text, t.slot, t.text_slot)
         pivots = t.norm(gather_tokens(t.sequence, index))
         cosine = score.similarity(pivots, t.norm(t.x))  # b p v
-        return least_similar(cosine, there, image, count, t.valid)
+        return dropped(least_similar(cosine, there, image, count, t.valid), t.hide(scores))
 
 
 def _pivots(

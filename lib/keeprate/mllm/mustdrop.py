@@ -10,7 +10,7 @@ from keeprate.anatomy import Multimodal
 from keeprate.budget import Budget
 from keeprate.check import number, whole
 from keeprate.method import register
-from keeprate.mllm.base import Inside, Visual, best
+from keeprate.mllm.base import Inside, Visual, best, dropped
 from keeprate.mllm.staged import StagedMethod
 from keeprate.reduce import Reduction, join
 
@@ -72,7 +72,7 @@ class MustDrop(StagedMethod):
             return None
         return join(home)
 
-    def inside(self, t: Inside) -> Reduction | torch.Tensor | None:
+    def inside(self, t: Inside) -> Reduction | None:
         if t.stage == 1 and self.key > 0 and self.budget.keep != 1:
             size = (self.key * t.count.double() - 1e-9).ceil().long()
             key = best(_importance(t), size, t.valid)
@@ -85,10 +85,10 @@ class MustDrop(StagedMethod):
         looks = rows.sum(1) if t.valid is None else rows.sum(1) * t.valid
         return torch.maximum(looks / looks.sum(1, keepdim=True).clamp_min(1e-12), rows.amax(1) / self.ratio)
 
-    def choose(self, t: Inside, scores: torch.Tensor) -> torch.Tensor:
+    def choose(self, t: Inside, scores: torch.Tensor) -> Reduction:
         key = t.visual(t.carry("key")) > 0
         keep = best(scores, self.count(t, scores), t.valid)
-        return keep | (key if t.valid is None else key & t.valid)
+        return dropped(keep | (key if t.valid is None else key & t.valid), t.hide(scores))
 
 
 def merge_windows(
@@ -139,5 +139,4 @@ def _importance(t: Inside) -> torch.Tensor:
     tokens = heads(-1).mean(1).nan_to_num(float("-inf"))  # of all images behind each other
     copies = int(t.total.sum()) // len(tokens)  # beams read the same image
     begin = t.total[::copies].cumsum(0) - t.total[::copies]
-    index = begin.repeat_interleave(copies)[:, None] + t.ids
-    return tokens[index.clamp_max(len(tokens) - 1)]
+    return tokens[begin.repeat_interleave(copies)[:, None] + t.ids.clamp_min(0)]

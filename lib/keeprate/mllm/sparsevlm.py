@@ -8,7 +8,7 @@ import torch
 from keeprate import score
 from keeprate.check import number
 from keeprate.method import register
-from keeprate.mllm.base import Inside, best
+from keeprate.mllm.base import Inside, best, dropped
 from keeprate.mllm.staged import StagedMethod
 from keeprate.reduce import Reduction, gather_tokens, join
 
@@ -72,9 +72,11 @@ class SparseVLM(StagedMethod):
         rater = t.carry("rater")[:, None]
         return t.columns(t.attention.received(rater)).mean(1) / rater.sum(-1)
 
-    def choose(self, t: Inside, scores: torch.Tensor) -> Reduction | torch.Tensor:
+    def choose(self, t: Inside, scores: torch.Tensor) -> Reduction:
         keep = best(scores, self.count(t, scores), t.valid)
-        return keep if self.tau == 0 else recycle(t.x, scores, keep, t.valid, self.tau, self.theta)
+        if self.tau == 0:
+            return dropped(keep, t.hide(scores))
+        return recycle(t.x, t.hide(scores), keep, t.valid, self.tau, self.theta)
 
 
 def raters(

@@ -43,11 +43,9 @@ class TransPrune(StagedMethod):
         return tuple((layer - 1, name) for layer in self.watched(depth) for name in ("self_attn", "mlp"))
 
     def observe(self, t: Inside) -> None:
-        real = t.session.real.gather(1, t.session.ids)  # no padding, and in a masked run nothing dropped
-        real = real if t.session.valid is None else real & t.session.valid
         total = t.carry("transition")
         for name in ("self_attn", "mlp"):
-            total += transition(*t.taps[t.layer - 1, name], real)
+            total += transition(*t.taps[t.layer - 1, name], t.real)
 
     def score(self, t: Inside) -> torch.Tensor:
         scores = _share(t.visual(t.carry("transition")), t.valid)
