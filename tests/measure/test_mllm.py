@@ -332,6 +332,20 @@ def test_cost_of_the_prompt(loaded, task):
     assert dense["flops_ratio"] == 1.0 and dense["select_ms"] == 0.0
     assert cls["flops_ratio"] > fastv["flops_ratio"] > 1.3 and cls["select_ms"] > 0
     assert np.allclose(told["break_even_ms"], told["dense_ms"] - told["ms"] + told["select_ms"])
+    assert not told["encoder"].any()
+
+
+def test_a_method_inside_the_encoder_pays_for_it(loaded, task):
+    some = {"cls": METHODS["cls"], "flowcut": mllm.FlowCut(keep=24)}
+    told = M.prefill_cost(loaded, task, some, batch=4, repeats=1).set_index("method")
+    assert told["encoder"].tolist() == [False, True] and told.loc["flowcut", "tokens"] == 24
+    assert told.loc["flowcut", "gflops"] > told.loc["cls", "gflops"]
+    answered = M.answers(loaded, task, some, batch=10, progress=False).set_index(["method", "sample"])
+    inputs = next(task.batches(loaded, 10)).inputs
+    with torch.no_grad(), some["flowcut"](loaded.model) as trace:
+        loaded.model(**inputs)
+    found = M.located(trace, task.truth)["found"].numpy()
+    assert np.allclose(answered.loc["flowcut"]["found"], found, equal_nan=True)
 
 
 @torch.no_grad()

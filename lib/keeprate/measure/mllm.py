@@ -292,8 +292,8 @@ def prefill_cost(
 ) -> pd.DataFrame:
     """Time and work of reading the prompt behind the vision encoder, everybody in turns on the same machine.
 
-    The encoder's own time is in neither side: it has looked at the images before. What a method computes from the
-    encoder's attention is in.
+    The encoder's own time is on neither side: it has looked at the images before. What a method computes from the
+    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that.
 
     Args:
         loaded: Model and processor. The model runs on SDPA.
@@ -308,7 +308,8 @@ def prefill_cost(
         One row per method: method; dense_ms, ms (medians); ratio = dense_ms / ms (median of the rounds; above 1 =
         faster) with low and high (quartiles); rounds; select_ms: part of ms in which the method decides;
         break_even_ms: what deciding could take before the method is no faster; gflops, and flops_ratio = dense work
-        over the method's, counted, deciding included; tokens: visual tokens a layer, mean.
+        over the method's, counted, deciding included; tokens: visual tokens a layer, mean; encoder: whether the
+        encoder had to look again, so that the method's side holds its time and work as well.
 
     Raises:
         ValueError: On no methods, an empty task, a model that does not run on SDPA, or as a method does.
@@ -343,12 +344,15 @@ def prefill_cost(
         dense = _work(call(None))[0]
         extra = []
         for method in calls.values():
+            sight.looked = 0
             work, trace = _work(call(method))
+            again = sight.looked > 0
             spent = [] if method is None else [sum(call(method)().seconds) for _ in range(min(3, len(taken)))]
             count = every if trace is None else trace
             tokens = float("nan") if count is None else count.mean_tokens
-            extra.append((1e3 * float(np.median(spent or [0.0])), work / 1e9, dense / work, tokens))
-    table[["select_ms", "gflops", "flops_ratio", "tokens"]] = extra
+            extra.append((1e3 * float(np.median(spent or [0.0])), work / 1e9, dense / work, tokens, again))
+    measured = ["select_ms", "gflops", "flops_ratio", "tokens", "encoder"]
+    table = pd.concat([table, pd.DataFrame(extra, columns=measured)], axis=1)
     table["break_even_ms"] = table["dense_ms"] - table["ms"] + table["select_ms"]
     return table
 

@@ -34,6 +34,9 @@ class Sight(Listener):
         memory: Whether statistics of the encoder's attention are computed once for all methods that ask for the same
             ones; False where methods are timed.
 
+    Attributes:
+        looked: How often the encoder really worked inside `show`.
+
     Example:
         >>> sight = Sight(vlm.model)                        # doctest: +SKIP
         >>> with sight.watch():                             # doctest: +SKIP
@@ -46,6 +49,7 @@ class Sight(Listener):
         self.model, self.parts, self.memory = model, multimodal(model), memory
         self.works = not hasattr(self.parts.tower, "permute_input_for_window_attn")  # their order is learned from a run
         self.seen: list[_Seen] = []
+        self.looked = 0
         self._views: list[tuple[nn.Module, AttentionView]] = []
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
@@ -71,9 +75,6 @@ class Sight(Listener):
 
         It looks at others, and at all where a method takes part in the encoder's own work.
         """
-        if not self.works:
-            yield
-            return
         with around(self.parts.tower, "forward", self._replay):
             yield
 
@@ -92,6 +93,7 @@ class Sight(Listener):
                     for listener in attention._listeners.get(module, ()):
                         listener.fold(module, view)
                 return _copied(seen.output)
+        self.looked += 1
         return forward(*args, **kwargs)
 
     def _hooks(self) -> list[int]:
