@@ -128,6 +128,7 @@ def test_scenes_come_with_their_truth():
     assert torch.equal(torch.from_numpy(np.array(image)).permute(2, 0, 1), drawn.pixels[5])
     assert task.score(drawn.answers).all()
     assert not task.score(["banana"] * 12).any()
+    assert vqa.vqa("scenes", n=3).questions == vqa.vqa("llava-digits", n=3).questions
     assert vqa.vqa(n=3).split == "test" and vqa.vqa(n=3, split="train").questions != vqa.vqa(n=3).questions
 
 
@@ -207,7 +208,7 @@ def test_other_data_of_the_same_columns(benchmarks, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(local, tmp_path):
-    with pytest.raises(ValueError, match=r"'nobody/nothing'.*'llava-digits', 'pope'"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing'.*'scenes', 'pope'"):
         vqa.vqa("nobody/nothing", n=1)
     with pytest.raises(ValueError, match=r"'dev'.*splits: test"):
         vqa.vqa("pope", split="dev", n=1)

@@ -1,6 +1,6 @@
 """Measure: accuracy with intervals, cost (FLOPs, time, memory), and whether a score finds the tokens that matter."""
 
-from keeprate.measure import kv
+from keeprate.measure import kv, mllm
 from keeprate.measure.accuracy import Evaluation, evaluate
 from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, race, speed
 from keeprate.measure.interval import Interval, bootstrap, paired_difference, wilson
@@ -18,6 +18,7 @@ __all__ = [
     "flops_estimate",
     "kv",
     "localisation",
+    "mllm",
     "operations",
     "paired_difference",
     "peak_memory",

@@ -22,7 +22,7 @@ from keeprate.tasks import scenes, words
 if TYPE_CHECKING:
     import datasets
 
-EMBEDDED = "llava-digits"
+EMBEDDED = ("scenes", "llava-digits")  # the task, and the model that is trained on it
 SHORT = "Answer the question using a single word or phrase."  # behind public questions, as in LLaVA-1.5's evaluation
 
 
@@ -233,7 +233,7 @@ class _Stored(Sequence):
 
 
 def vqa(
-    name: str = EMBEDDED,
+    name: str = "scenes",
     split: str | None = None,
     n: int = 256,
     seed: int = 0,
@@ -244,9 +244,9 @@ def vqa(
     """Questions about images.
 
     Args:
-        name: "llava-digits", scenes drawn here; "pope", "gqa", "textvqa"; or a hub data set "org/name", a local copy
-            of one, a folder of parquet files <split>-*, or what ``save_to_disk`` wrote, with ":config" behind it if
-            there are several.
+        name: "scenes" (or "llava-digits"), drawn here; "pope", "gqa", "textvqa"; or a hub data set "org/name", a local
+            copy of one, a folder of parquet files <split>-*, or what ``save_to_disk`` wrote, with ":config" behind it
+            if there are several.
         split: of the task; None = the one papers report, "test" where that is unknown.
         n: number of questions, a random choice from public data.
         seed: decides which; scenes are drawn from it.
@@ -262,10 +262,10 @@ def vqa(
         ValueError: unknown name, split, kind or metric; ``n`` below 1 or above what there is; columns that do not fit.
 
     Example:
-        >>> vqa("llava-digits", n=2, kinds=("place",)).questions   # doctest: +SKIP
+        >>> vqa("scenes", n=2, kinds=("place",)).questions   # doctest: +SKIP
     """
     check.whole("n", n)
-    if name == EMBEDDED:
+    if name in EMBEDDED:
         if metric not in (None, "exact") or ocr:
             raise ValueError(f"metric={metric!r}, ocr={ocr!r}; allowed for {name!r}: metric 'exact', ocr False")
         drawn = scenes.sample(n, seed, split or "test", kinds or scenes.KINDS)
@@ -349,7 +349,7 @@ def _open(name: str, config: str | None, split: str, files: str | None) -> datas
             source, files = {"path": str(folder)}, files or f"**/{split}-*"
         return datasets.load_dataset(**source, split=split, data_files={split: files} if files else None)
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        known = ", ".join(map(repr, (EMBEDDED, *PUBLIC)))
+        known = ", ".join(map(repr, (EMBEDDED[0], *PUBLIC)))
         raise ValueError(
             f"questions {name!r}{f' with config {config!r}' if config else ''} and split {split!r} could not be "
             f"opened; allowed: {known}, a folder with such data, or a hub data set 'org/name:config' ({error})"
