@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 
 from keeprate import score
-from keeprate.check import number, whole
+from keeprate.check import choice, number, whole
 from keeprate.method import register
 from keeprate.mllm.base import MLLMMethod, Visual, best, dropped, first
 from keeprate.mllm.scores import unit_range
-from keeprate.mllm.text import direction, relevance
+from keeprate.mllm.text import SIGNS, relevance
 from keeprate_kernels import farthest_point
 
 
@@ -33,7 +33,7 @@ class Script(MLLMMethod):
         clip: Name of the CLIP model that the vision encoder comes from, for `kr.load`; the questions are then passed as
             text. "" compares with the language model's embeddings of the words.
         sign: -1 takes the tokens least similar to the question as relevant, as the released code does: OpenAI's CLIP
-            maps are inverted. None = -1 with `clip`, 1 without.
+            maps are inverted. None = -1 with `clip`; 1 without, and with an embedded model, which has no such fault.
 
     Source: Yang et al. 2025 (2512.01949), with tau, K and gamma of the released code; `redundant` is not given.
     """
@@ -53,7 +53,7 @@ class Script(MLLMMethod):
         number("tau", self.tau, -1, 1)
         whole("K", self.K, 0)
         number("gamma", self.gamma)
-        direction(self.sign, self.clip)
+        choice("sign", self.sign, SIGNS)
 
     def before(self, t: Visual) -> torch.Tensor | None:
         count = self.budget.each(t.total)
@@ -61,8 +61,10 @@ class Script(MLLMMethod):
             return None
         gone = torch.minimum((t.total * self.redundant).long(), t.total - count)
         repeated = best(redundancy(t.x, t.valid, self.tau, self.K, self.gamma), gone, t.valid)
-        asked = unit_range(direction(self.sign, self.clip) * relevance(t, self.clip), t.valid)
-        weight = asked.masked_fill(repeated, 0.0)  # without weight a token only fills up, after all others
+        asked = unit_range(relevance(t, self.clip, self.sign), t.valid)
+        weight = asked.clamp_min(1e-4).masked_fill(
+            repeated, 0.0
+        )  # without weight a token only fills up, after all others
         order, _ = farthest_point(t.x, int(count.max()), objective="dpp", weight=weight, valid=t.valid)
         return dropped(first(order, count, t.n), t.hide(weight))
 

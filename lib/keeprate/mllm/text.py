@@ -1,23 +1,23 @@
 """The question beside an image, compared with its tokens: by the model's own embeddings or in a CLIP model's space."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from keeprate.check import choice
 from keeprate.mllm.base import Visual
-from keeprate.models import load
+from keeprate.models import Loaded, load
+
+SIGNS = (None, 1, -1)
 
 
 @lru_cache(maxsize=1)
-def _clip(name: str, device: torch.device) -> tuple[Any, Any]:
-    """A CLIP model by the name `kr.load` knows, with its tokenizer."""
+def _clip(name: str, device: torch.device) -> Loaded:
+    """A CLIP model by the name `kr.load` knows."""
     loaded = load(name, device=device)
     if not all(hasattr(loaded.model, part) for part in ("visual_projection", "text_projection")):
         raise ValueError(f"clip must name a CLIPModel; {name!r} is a {type(loaded.model).__name__}")
-    return loaded.model, getattr(loaded.processor, "tokenizer", loaded.processor)
+    return loaded
 
 
 @torch.no_grad()
@@ -39,12 +39,12 @@ def clip_space(t: Visual, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     Source: the released code of TRIM, which takes the same features.
     """
-    words = t.asked()
-    model, tokenizer = _clip(name, t.x.device)
+    words, loaded = t.asked(), _clip(name, t.x.device)
+    model, tokenizer = loaded.model, getattr(loaded.processor, "tokenizer", loaded.processor)
     width = model.visual_projection.in_features
     if t.features.shape[-1] != width:
         raise ValueError(
-            f"{name!r} projects patches of width {width}; those of this {t.parts.name} have {t.features.shape[-1]}. "
+            f"{name!r} projects patches of width {width}; those of this {t.parts.name} have {t.features.shape[-1]}: "
             "clip must name the CLIP model that the vision encoder comes from"
         )
     longest = model.config.text_config.max_position_embeddings
@@ -54,13 +54,16 @@ def clip_space(t: Visual, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return model.visual_projection(seen).float(), model.text_projection(said).float()
 
 
-def relevance(t: Visual, clip: str = "", unit: bool = True) -> torch.Tensor:
+def relevance(t: Visual, clip: str = "", sign: int | None = 1, unit: bool = True) -> torch.Tensor:
     """Similarity of every visual token to the question.
 
     Args:
         t: The images.
         clip: Name of the CLIP model that the vision encoder comes from; "" compares with the language model's own
             embeddings of the words instead, and takes the mean cosine over the words.
+        sign: -1 returns minus the similarity: OpenAI's CLIP was trained on whole images, and its patches are least
+            like the text that names them. None = -1 with `clip`, as the released codes have it, but 1 without and
+            with an embedded model, whose patches are trained to be like their text.
         unit: False leaves CLIP's embeddings as long as they are.
 
     Returns:
@@ -76,14 +79,6 @@ def relevance(t: Visual, clip: str = "", unit: bool = True) -> torch.Tensor:
         there = torch.ones_like(words[..., 0]) if valid is None else valid.float()
         question = (words * there[..., None]).sum(1) / there.sum(1, keepdim=True)
         patches = F.normalize(t.x.float(), dim=-1)
-    return (patches @ question[..., None])[..., 0]
-
-
-def direction(sign: int | None, clip: str) -> int:
-    """+1 where the tokens nearest the question matter, -1 where the farthest do, as OpenAI's CLIP maps are inverted.
-
-    Args:
-        sign: +1 or -1; None = -1 with a CLIP model, as in the released codes, and +1 without.
-    """
-    choice("sign", sign, (None, 1, -1))
-    return sign or (-1 if clip else 1)
+    if sign is None:
+        sign = -1 if clip and not _clip(clip, t.x.device).card else 1
+    return sign * (patches @ question[..., None])[..., 0]

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import torch
 
+from keeprate.check import choice
 from keeprate.method import register
 from keeprate.mllm.base import Choice, Visual, best
 from keeprate.mllm.scores import Adaptive, above_fence
-from keeprate.mllm.text import direction, relevance
+from keeprate.mllm.text import SIGNS, relevance
 from keeprate.reduce import gather_tokens, join
 
 
@@ -25,8 +26,8 @@ class TRIM(Adaptive):
             the mean.
         clip: Name of the CLIP model that the vision encoder comes from, for `kr.load`; the questions are then passed as
             text. "" compares with the language model's embeddings of the words.
-        sign: -1 keeps the patches least similar to the question, as the released code does: OpenAI's CLIP maps are
-            inverted. None = -1 with `clip`, 1 without.
+        sign: -1 keeps the patches least similar to the question, as the released code does: the patch maps of OpenAI's
+            CLIP are inverted. None = -1 with `clip`; 1 without, and with an embedded model, which has no such fault.
 
     Source: Song et al. 2024 (2409.10994); sign and unnormalised similarity of the released code.
     """
@@ -38,10 +39,10 @@ class TRIM(Adaptive):
 
     def __post_init__(self):
         super().__post_init__()
-        direction(self.sign, self.clip)
+        choice("sign", self.sign, SIGNS)
 
     def score(self, t: Visual) -> torch.Tensor:
-        return t.hide(direction(self.sign, self.clip) * relevance(t, self.clip, unit=False)).softmax(1)
+        return t.hide(relevance(t, self.clip, self.sign, unit=False)).softmax(1)
 
     def count(self, t: Visual, scores: torch.Tensor | None = None) -> torch.Tensor:
         if self.keep is not None:
