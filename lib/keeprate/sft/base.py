@@ -55,7 +55,7 @@ class SFTMethod(Method):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Columns that the data set must have for this method."""
+        """Columns that the data set must have to be trained on with this method."""
         return tuple(getattr(self, name) for name in self.columns)
 
     def weigh(self, t: Tokens) -> torch.Tensor:

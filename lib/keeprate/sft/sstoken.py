@@ -42,6 +42,10 @@ class SsToken(Selector):
         super().__post_init__()
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        return super().needed if self.gamma > 0 else ()
+
+    @property
     def reads_attention(self) -> bool:
         return self.gamma < 1
 

@@ -53,7 +53,7 @@ class TokenCleaning(SFTMethod):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        return (*super().needed, self.kept) if self.scope == "dataset" else super().needed
+        return (self.kept,) if self.scope == "dataset" else super().needed
 
     def score(self, t: Tokens) -> torch.Tensor:
         return t.column(self.base) - t.column(self.reference)
