@@ -145,11 +145,23 @@ def test_the_encoder_works_only_for_what_it_has_not_seen(loaded, task):
         assert looks(loaded, lambda: model(**first)) == 0
         assert looks(loaded, lambda: model(**second)) == 1
         tower = model.model.vision_tower
-        block = tower.encoder.layers[0].register_forward_hook(lambda *a: None)  # somebody works inside the encoder
-        try:
-            assert looks(loaded, lambda: model(**first)) == 1
-        finally:
-            block.remove()
+        heard = []
+        block = tower.encoder.layers[
+            1
+        ]  # the block before the features: someone who looks on is told, one who acts acts
+        with block.register_forward_hook(lambda *told: heard.append(told[2])):
+            assert looks(loaded, lambda: model(**first)) == 0
+        with block.register_forward_hook(lambda *told, **more: heard.append(told[3]), with_kwargs=True):
+            assert looks(loaded, lambda: model(**first)) == 0
+        features = model.get_image_features(pixel_values=first["pixel_values"], output_hidden_states=True)
+        assert len(heard) == 2 and all(x.equal(features.hidden_states[-2]) for x in heard)
+        for act in (
+            lambda: block.register_forward_hook(lambda *told: 2 * told[2]),
+            lambda: block.register_forward_pre_hook(lambda *told: None),
+            lambda: block.mlp.register_forward_hook(lambda *told: None),
+        ):
+            with act():
+                assert looks(loaded, lambda: model(**first)) == 1
         assert looks(loaded, lambda: model(**first)) == 0
     assert looks(loaded, lambda: model(**first)) == 1, "outside the block the model is as it was"
     assert "forward" not in model.model.vision_tower.__dict__

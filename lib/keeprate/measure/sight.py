@@ -1,7 +1,7 @@
 """One look at the images for all methods: what the vision encoder saw, shown to each in place of another look."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,12 +18,21 @@ from keeprate.mllm.encoder import around
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of the vision encoder: its hooks, the tensors it was given, what it gave, what its attention saw."""
+    """One call of the vision encoder.
 
-    hooks: list[int]
+    Attributes:
+        hooks: Of the modules inside it; see `Sight._hooks`.
+        given: The tensors it was given.
+        output: What it gave.
+        views: What its attention layers saw.
+        blocks: The arguments and the output of each of its blocks, with the hooks that were told then.
+    """
+
+    hooks: list[tuple]
     given: list[torch.Tensor]
     output: Any
     views: list[tuple[nn.Module, AttentionView]]
+    blocks: list[tuple[nn.Module, tuple, dict[str, Any], Any, set[int]]]
 
 
 class Sight(Listener):
@@ -51,6 +60,7 @@ class Sight(Listener):
         self.seen: list[_Seen] = []
         self.looked = 0
         self._views: list[tuple[nn.Module, AttentionView]] = []
+        self._blocks: list[tuple] = []
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
         kind = _Recorded if self.memory else AttentionView
@@ -63,32 +73,37 @@ class Sight(Listener):
         if not self.works:
             yield
             return
-        with (
-            around(self.parts.tower, "forward", self._record),
-            listen(self.model, self, list(self.parts.tower_attention)),
-        ):
+        with ExitStack() as stack:
+            for block in self.parts.tower_layers:
+                stack.callback(block.register_forward_hook(self._note, with_kwargs=True).remove)
+            stack.enter_context(around(self.parts.tower, "forward", self._record))
+            stack.enter_context(listen(self.model, self, list(self.parts.tower_attention)))
             yield
 
     @contextmanager
     def show(self) -> Iterator[None]:
         """Inside the block, the encoder gives for images that it has seen what it gave then.
 
-        It looks at others, and at all where a method takes part in the encoder's own work.
+        It looks at others, and at all where a method takes part in the encoder's own work. Hooks that only want to know
+        what a block of the encoder gave are told.
         """
         with around(self.parts.tower, "forward", self._replay):
             yield
 
     def _record(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._views = []
+        self._views, self._blocks = [], []
         output = forward(*args, **kwargs)
-        self.seen.append(_Seen(self._hooks(), _tensors(args, kwargs), _copied(output), self._views))
+        self.seen.append(_Seen(self._hooks(), _tensors(args, kwargs), _copied(output), self._views, self._blocks))
         return output
+
+    def _note(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._blocks.append((block, args, kwargs, output, set(block._forward_hooks)))
 
     def _replay(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         given, hooks = _tensors(args, kwargs), self._hooks()
         for seen in self.seen:
             same = seen.hooks == hooks and len(seen.given) == len(given)
-            if same and not self._changed() and all(map(torch.equal, seen.given, given)):
+            if same and not self._changed() and all(map(torch.equal, seen.given, given)) and self._told(seen):
                 for module, view in seen.views:
                     for listener in attention._listeners.get(module, ()):
                         listener.fold(module, view)
@@ -96,10 +111,23 @@ class Sight(Listener):
         self.looked += 1
         return forward(*args, **kwargs)
 
-    def _hooks(self) -> list[int]:
-        """How many hooks, or replaced methods, each module inside the encoder has."""
-        modules = [module for module in self.parts.tower.modules() if module is not self.parts.tower]
-        return [len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in modules]
+    def _hooks(self) -> list[tuple]:
+        """For each module inside the encoder what could change its work; hooks that look at a block's output cannot."""
+        tower, blocks = self.parts.tower, set(self.parts.tower_layers)
+        return [
+            (tuple(m._forward_pre_hooks), "forward" in m.__dict__, () if m in blocks else tuple(m._forward_hooks))
+            for m in tower.modules()
+            if m is not tower
+        ]
+
+    def _told(self, seen: _Seen) -> bool:
+        """Call the hooks that blocks have got since; False if one of them gives an output of its own."""
+        for block, args, kwargs, output, known in seen.blocks:
+            for number in [number for number in block._forward_hooks if number not in known]:
+                more = (kwargs,) if number in block._forward_hooks_with_kwargs else ()
+                if block._forward_hooks[number](block, args, *more, output) is not None:
+                    return False
+        return True
 
     def _changed(self) -> bool:
         """Whether somebody takes part in the encoder's attention rather than looking on."""
