@@ -7,6 +7,7 @@ InternVL), a larger grid (Qwen2.5-VL), or tiles for cross-attention (Mllama).
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,23 @@ def image_token(name: str) -> int:
 # --- one picture ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Picture:
+    """One picture as a prompt needs it.
+
+    Attributes:
+        tokens: Placeholders in the prompt.
+        ends: How many of them end a line of patches and show none.
+        views: Images that the vision encoder's features are handed over as (InternVL: one a tile).
+        data: What goes into the batch.
+    """
+
+    tokens: int
+    data: dict[str, torch.Tensor]
+    ends: int = 0
+    views: int = 1
+
+
 def _cut(picture: torch.Tensor, side: int) -> torch.Tensor:
     """[3, r * side, c * side] -> [r * c, 3, side, side]."""
     return picture.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
@@ -216,20 +234,20 @@ def _overview(picture: torch.Tensor, side: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(picture[None], size=(side, side), mode="bilinear", antialias=True)
 
 
-def _one_tile(name: str, size: Size, seed: int, alone: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def _one_tile(name: str, size: Size, seed: int, alone: bool) -> Picture:
     vision = config(name).vision_config
     tile = _draw(1, 1, vision.image_size, seed)[None]
-    return (vision.image_size // vision.patch_size) ** 2, {"pixel_values": tile}
+    return Picture((vision.image_size // vision.patch_size) ** 2, {"pixel_values": tile})
 
 
-def _any_resolution(name: str, size: Size, seed: int, alone: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def _any_resolution(name: str, size: Size, seed: int, alone: bool) -> Picture:
     settings = config(name)
     side = settings.vision_config.image_size
     grid = side // settings.vision_config.patch_size
     original = [round(s * side) for s in size]
     found = {"image_sizes": torch.tensor([original])}
     if name == "llava_onevision" and not alone:  # several pictures in one prompt are not cut into tiles
-        return grid**2 + 1, {"pixel_values": _draw(1, 1, side, seed)[None, None], **found}
+        return Picture(grid**2 + 1, {"pixel_values": _draw(1, 1, side, seed)[None, None], **found}, ends=1)
     rows, columns = (s // side for s in select_best_resolution(original, settings.image_grid_pinpoints))
     picture = _draw(rows, columns, side, seed)
     found["pixel_values"] = torch.cat([_overview(picture, side), _cut(picture, side)])[None]
@@ -239,40 +257,39 @@ def _any_resolution(name: str, size: Size, seed: int, alone: bool) -> tuple[int,
         ratio = math.sqrt(height * width / (most * grid**2))
         if ratio > 1.1:
             height, width = int(height // ratio), int(width // ratio)
-    return grid**2 + height * (width + 1), found  # every row ends with a newline token
+    return Picture(grid**2 + height * (width + 1), found, ends=height)
 
 
-def _grid(name: str, size: Size, seed: int, alone: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def _grid(name: str, size: Size, seed: int, alone: bool) -> Picture:
     vision = config(name).vision_config
     p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = (round(s * 4) for s in size)  # after merging
     picture = _draw(rows, columns, m * p, seed).view(3, rows, m, p, columns, m, p).permute(1, 4, 2, 5, 0, 3, 6)
     patches = picture[..., None, :, :].expand(*picture.shape[:5], t, p, p).reshape(rows * columns * m * m, -1)
-    return rows * columns, {
-        "pixel_values": patches,
-        "image_grid_thw": torch.tensor([[1, rows * m, columns * m]]),
-    }
+    grid = torch.tensor([[1, rows * m, columns * m]])
+    return Picture(rows * columns, {"pixel_values": patches, "image_grid_thw": grid})
 
 
-def _shuffled(name: str, size: Size, seed: int, alone: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def _shuffled(name: str, size: Size, seed: int, alone: bool) -> Picture:
     side = config(name).vision_config.image_size[0]
     picture = _draw(*map(math.ceil, size), side, seed)
     tiles = _cut(picture, side)
     if len(tiles) > 1:
         tiles = torch.cat([tiles, _overview(picture, side)])
-    return len(tiles) * config(name).image_seq_length, {"pixel_values": tiles}
+    return Picture(len(tiles) * config(name).image_seq_length, {"pixel_values": tiles}, views=len(tiles))
 
 
-def _cross(name: str, size: Size, seed: int, alone: bool) -> tuple[int, dict[str, torch.Tensor]]:
+def _cross(name: str, size: Size, seed: int, alone: bool) -> Picture:
     vision = config(name).vision_config
     rows, columns = map(math.ceil, size)
     tiles = _cut(_draw(rows, columns, vision.image_size, seed), vision.image_size)
     missing = vision.max_num_tiles - len(tiles)
-    return 1, {
+    data = {
         "pixel_values": torch.nn.functional.pad(tiles, (0, 0, 0, 0, 0, 0, 0, missing))[None],
         "aspect_ratio_ids": torch.tensor([vision.supported_aspect_ratios.index([rows, columns]) + 1]),
         "aspect_ratio_mask": (torch.arange(vision.max_num_tiles) < len(tiles)).long()[None],
     }
+    return Picture(1, data, views=len(tiles))
 
 
 _PICTURE = {
@@ -289,9 +306,17 @@ _PICTURE = {
 # --- a batch ----------------------------------------------------------------------------------------------------------
 
 
+def pictures(name: str, images: Sequence[Sequence[Size]], seed: int = 0) -> list[list[Picture]]:
+    """Every picture of every sample."""
+    return [
+        [_PICTURE[name](name, size, 100 * (seed + i) + j, len(sizes) == 1) for j, size in enumerate(sizes)]
+        for i, sizes in enumerate(images)
+    ]
+
+
 def counts(name: str, images: Sequence[Sequence[Size]]) -> list[list[int]]:
     """Placeholders of every picture of every sample."""
-    return [[_PICTURE[name](name, size, 0, len(sizes) == 1)[0] for size in sizes] for sizes in images]
+    return [[picture.tokens for picture in sample] for sample in pictures(name, images)]
 
 
 def inputs(
@@ -317,11 +342,12 @@ def inputs(
         input_ids and attention_mask [b, n]; when there are pictures, pixel_values and what else the class wants.
     """
     lengths = [12] * len(images) if text_lengths is None else text_lengths
-    prompts, pictures = [], []
-    for i, (sizes, length) in enumerate(zip(images, lengths, strict=True)):
-        made = [_PICTURE[name](name, s, 100 * (seed + i) + j, len(sizes) == 1) for j, s in enumerate(sizes)]
-        pictures.append([data for _, data in made])
-        prompts.append(_prompt(name, [n for n, _ in made], length, seed + i))
+    drawn = pictures(name, images, seed)
+    prompts = [
+        _prompt(name, [p.tokens for p in sample], length, seed + i)
+        for i, (sample, length) in enumerate(zip(drawn, lengths, strict=True))
+    ]
+    data = [[p.data for p in sample] for sample in drawn]
     longest = max(map(len, prompts))
     ids, mask = (torch.zeros(len(prompts), longest, dtype=torch.long) for _ in range(2))
     for row, prompt in enumerate(prompts):
@@ -330,10 +356,10 @@ def inputs(
     made = {"input_ids": ids, "attention_mask": mask}
     if name == "qwen2_5_vl":
         made["mm_token_type_ids"] = (ids == IMAGE).int()
-    if any(pictures):
-        made |= _mllama(pictures, ids, mask) if name == "mllama" else _join(pictures)
+    if any(data):
+        made |= _mllama(data, ids, mask) if name == "mllama" else _join(data)
         if name == "llava_onevision":
-            made["batch_num_images"] = torch.tensor([len(p) for p in pictures])
+            made["batch_num_images"] = torch.tensor([len(sample) for sample in data])
     return made
 
 
@@ -357,9 +383,9 @@ def _prompt(name: str, visual: list[int], length: int, seed: int) -> torch.Tenso
     return torch.cat([*parts, text[start:]])
 
 
-def _join(pictures: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def _join(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """All pictures of all samples in one row; tiles of AnyRes are padded to the most that one picture has."""
-    flat = [data for sample in pictures for data in sample]
+    flat = [data for sample in samples for data in sample]
     joined = {}
     for key in flat[0]:
         tensors = [data[key] for data in flat]
@@ -371,12 +397,12 @@ def _join(pictures: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tens
 
 
 def _mllama(
-    pictures: list[list[dict[str, torch.Tensor]]], ids: torch.Tensor, mask: torch.Tensor
+    samples: list[list[dict[str, torch.Tensor]]], ids: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Pictures by sample, and which of them each token sees: the latest one before it."""
-    most = max(map(len, pictures))
-    blank = {key: torch.zeros_like(value) for key, value in next(p for p in pictures if p)[0].items()}
-    rows = [[*sample, *[blank] * (most - len(sample))] for sample in pictures]
+    most = max(map(len, samples))
+    blank = {key: torch.zeros_like(value) for key, value in next(s for s in samples if s)[0].items()}
+    rows = [[*sample, *[blank] * (most - len(sample))] for sample in samples]
     made = {key: torch.stack([torch.cat([data[key] for data in row]) for row in rows]) for key in blank}
     order = (ids == VOCABULARY).cumsum(1) * mask  # number of the latest picture, 1-based
     sees = order[..., None] == torch.arange(1, most + 1)
