@@ -58,15 +58,16 @@ class PruMerge(BeforeMethod):
         there = torch.ones_like(a, dtype=torch.bool) if t.valid is None else t.valid
         keep = self.selected(t, scores, there)
         gone = there & ~keep
-        host = best(scores, gone.any(1).long(), gone)
+        extra = gone.any(1) if self.budget.ragged else gone.any(1) & (self.count(t, scores) > 1)
+        host = best(scores, extra.long(), gone)
         at = torch.where(host.any(1), host.to(torch.uint8).argmax(1), -1)[:, None]
         home = torch.where(keep, torch.arange(t.n, device=a.device), at).masked_fill(~there, -1)
         reduction = join(home, score=t.hide(scores))
-        extra = host.gather(1, reduction.rep)[..., None]
+        last = host.gather(1, reduction.rep)[..., None]  # i m 1: the extra token
         mix = neighbour_weights(t.keys(-1), a, reduction.rep, self.neighbours, there)
-        mix = torch.where(extra, (a * gone)[:, None], mix)
+        mix = torch.where(last, (a * gone)[:, None], mix)
         x = t.features.float()
-        made = t.project((gather_tokens(x, reduction.rep) * ~extra + mix @ x).to(t.features.dtype))
+        made = t.project((gather_tokens(x, reduction.rep) * ~last + mix @ x).to(t.features.dtype))
         # an image that keeps everything beside others that do not is left alone
         return Choice(reduction, torch.where(gone.any(1)[:, None, None], made, gather_tokens(t.x, reduction.rep)))
 
