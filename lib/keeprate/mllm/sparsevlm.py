@@ -68,6 +68,9 @@ class SparseVLM(StagedMethod):
         spare = t.count - torch.linalg.matrix_rank(p, rtol=rtol)
         return (t.count - (self.rank * spare).long()).clamp_min(1)
 
+    def keeps_all(self, t: Inside) -> bool:
+        return self.budget.keep == 1 or super().keeps_all(t)
+
     def score(self, t: Inside) -> torch.Tensor:
         rater = t.carry("rater")[:, None]
         return t.columns(t.attention.received(rater)).mean(1) / rater.sum(-1)

@@ -70,5 +70,6 @@ class StagedMethod(InsideMethod):
         budget = self.budget
         if budget.ragged or budget.schedule is not None:
             return super().count(t, scores)
-        total, end = t.total.double(), budget.each(t.total)
-        return (total * (end / total) ** (t.stage / self.stages(t.depth)) + 1e-6).long().clamp_min(1)
+        total = t.total.double()
+        share = budget.each(t.total) / total if budget.keep is None else budget.keep
+        return (total * share ** (t.stage / self.stages(t.depth)) + 1e-6).long().clamp_min(1)
