@@ -56,9 +56,9 @@ def top_share(score: torch.Tensor, group: torch.Tensor, count: int, keep: float,
     return rank(score, group, count) < number[group]
 
 
-def min_max(x: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
-    """x [t] rescaled to [0, 1] within each group; 0 where a group's values are all equal."""
+def min_max(x: torch.Tensor, group: torch.Tensor, count: int, least: float = 0.0) -> torch.Tensor:
+    """x [t] rescaled to [0, 1] within each group; 0 where a group's values differ by no more than `least`."""
     low = x.new_full((count,), torch.inf).scatter_reduce(0, group, x, "amin")
     high = x.new_full((count,), -torch.inf).scatter_reduce(0, group, x, "amax")
     span = (high - low)[group]
-    return torch.where(span > 0, (x - low[group]) / span.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+    return torch.where(span > least, (x - low[group]) / span.clamp_min(torch.finfo(x.dtype).tiny), 0.0)

@@ -10,6 +10,8 @@ from keeprate.method import register
 from keeprate.sft.base import Selector
 from keeprate.sft.tokens import Tokens
 
+ROUNDING = 1e-4  # nats
+
 
 @register(kind="selection", needs=("history losses", "attention rows"))
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class SsToken(Selector):
     norm rescales to [0, 1] within the sequence; a is the share of attention that goes to the prompt in the last layer,
     mean over heads. The number of kept tokens is rounded up. The released code reads a from the token's own row, one
     behind the row that predicts it, and uses a alone for its first 10,000 samples; here a comes from the predicting
-    row, and there is no warm-up.
+    row, and there is no warm-up. Before the first update l_hist - l is rounding, which norm must not blow up: a
+    sequence in which it varies by less than 1e-4 nats gets 0.
 
     Args:
         keep, scope, denominator: See `Selector`.
@@ -52,7 +55,7 @@ class SsToken(Selector):
     def score(self, t: Tokens) -> torch.Tensor:
         found = torch.zeros_like(t.nll)
         if self.gamma > 0:
-            found = self.gamma * t.min_max(t.column(self.history) - t.nll)
+            found = self.gamma * t.min_max(t.column(self.history) - t.nll, ROUNDING)
         if self.gamma < 1:
             found = found + (1 - self.gamma) * t.prompt_attention(self.reader).to(t.nll.dtype)
         return found

@@ -107,9 +107,9 @@ class Tokens:
         group = torch.zeros_like(self.sequence) if whole else self.sequence
         return groups.top_share(score, group, 1 if whole else self.sequences, keep, up)
 
-    def min_max(self, x: torch.Tensor) -> torch.Tensor:
-        """x [t] rescaled to [0, 1] within each sequence."""
-        return groups.min_max(x, self.sequence, self.sequences)
+    def min_max(self, x: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+        """x [t] rescaled to [0, 1] within each sequence; 0 where its values differ by no more than `least`."""
+        return groups.min_max(x, self.sequence, self.sequences, least)
 
     def sums(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of x [t] over each sequence, [sequences]."""

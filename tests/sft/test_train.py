@@ -1,0 +1,317 @@
+"""Training with the stock Trainer and with the plain loop: curves, accumulation, interruption, telemetry."""
+
+import copy
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import keeprate as kr
+from keeprate.sft import Collator, Watch
+
+GROUPS = ("clean", "noisy")
+
+
+@pytest.fixture
+def data(llama, rows):
+    rows = kr.sft.score(llama, rows).join(rows, "history")
+    g = torch.Generator().manual_seed(
+        0
+    )  # a reference that is not the model itself: an excess of 0 is decided by rounding
+    return [{**row, "reference": [x * float(torch.rand((), generator=g)) for x in row["history"]]} for row in rows]
+
+
+def trainer(model, data, method, folder, *, size=4, accumulate=1, steps=8, watch=True, callbacks=(), **params):
+    settings = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": steps,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+        "save_strategy": "no",
+    }
+    arguments = TrainingArguments(str(folder), **{**settings, **params})
+    watching = [Watch(method, groups=GROUPS)] if watch else []
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(data),
+        eval_dataset=datasets.Dataset.from_list(data[:5]),
+        data_collator=Collator(pad=0),
+        compute_loss_func=method,
+        callbacks=[*watching, *callbacks],
+    )
+
+
+def curve(done: Trainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in done.state.log_history if "loss" in entry]
+
+
+def test_plain_weights_train_as_the_trainer_does_without_us(llama, data, tmp_path):
+    ours = trainer(copy.deepcopy(llama), data, kr.sft.SFT(), tmp_path, accumulate=2)
+    theirs = trainer(copy.deepcopy(llama), data, None, tmp_path, accumulate=2, watch=False)
+    ours.train()
+    theirs.train()
+    assert np.allclose(curve(ours), curve(theirs), rtol=1e-5)
+    assert np.allclose(curve(ours, "grad_norm"), curve(theirs, "grad_norm"), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        kr.sft.Rho1(scope="sequence", denominator="kept"),
+        kr.sft.PRIOR(denominator="weight_sum"),
+        kr.sft.DFT(),
+        kr.sft.SsToken(),
+    ],
+    ids=lambda method: method.name,
+)
+def test_the_trainers_accumulation_equals_one_large_batch(llama, data, tmp_path, method):
+    whole = trainer(copy.deepcopy(llama), data, method, tmp_path, size=8, steps=5)
+    parts = trainer(copy.deepcopy(llama), data, method, tmp_path, size=2, accumulate=4, steps=5)
+    whole.train()
+    parts.train()
+    assert np.allclose(curve(whole), curve(parts), rtol=1e-4)
+    assert np.allclose(curve(whole, "grad_norm"), curve(parts, "grad_norm"), rtol=1e-3)
+
+
+def test_without_a_session_a_shared_denominator_is_estimated(llama, data, tmp_path):
+    """One micro-batch: the same. Several: close, and no more; this is what `Watch` is for."""
+    method = kr.sft.Rho1(scope="sequence")
+    runs = [trainer(copy.deepcopy(llama), data, method, tmp_path, watch=x, steps=4) for x in (True, False)]
+    for run in runs:
+        run.train()
+    assert np.allclose(curve(runs[0]), curve(runs[1]), rtol=1e-4)
+    runs = [
+        trainer(copy.deepcopy(llama), data, method, tmp_path, watch=x, accumulate=3, steps=1) for x in (True, False)
+    ]
+    for run in runs:
+        run.train()
+    assert curve(runs[0])[0] == pytest.approx(curve(runs[1])[0], rel=0.1)
+
+
+class Stop(TrainerCallback):
+    """An interruption."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+        return control
+
+
+@pytest.mark.parametrize("method", [kr.sft.RandomMask(keep=0.5), kr.sft.SsToken()], ids=lambda method: method.name)
+def test_an_interrupted_training_resumes_with_the_same_curve(llama, data, tmp_path, method):
+    """Into the third epoch, cut in the middle of the second."""
+    options = {"save_strategy": "steps", "save_steps": 3, "steps": 15}
+    whole = trainer(copy.deepcopy(llama), data, method, tmp_path / "whole", **options)
+    whole.train()
+    assert whole.state.epoch > 2
+    first = trainer(copy.deepcopy(llama), data, method, tmp_path / "cut", callbacks=[Stop(9)], **options)
+    first.train()
+    second = trainer(copy.deepcopy(llama), data, method, tmp_path / "cut", **options)
+    second.train(resume_from_checkpoint=True)
+    for name in ("loss", "kept", "gradient/noisy"):
+        assert np.allclose(curve(second, name), curve(whole, name), rtol=1e-5), name
+    assert len(curve(second)) == 15 and curve(whole)[9:] != curve(whole)[:6]
+
+
+def test_random_masks_change_from_epoch_to_epoch(llama, data, tmp_path):
+    method = kr.sft.RandomMask(keep=0.5)
+    done = trainer(llama, data, method, tmp_path, size=24, steps=3)
+    done.args.learning_rate = 0.0
+    done.train()
+    losses = curve(done)
+    assert len({round(x, 4) for x in losses}) == 3, "the model stands still: only the draw can change the loss"
+
+
+def test_the_log_holds_the_statistics(llama, data, tmp_path):
+    method = kr.sft.Rho1(keep=0.5, scope="sequence")
+    done = trainer(llama, data, method, tmp_path, accumulate=2, steps=4, logging_steps=2)
+    done.train()
+    entries = [entry for entry in done.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    targets = [sum(i != -100 for i in row["labels"]) for row in data]
+    share = sum(max(1, n // 2) for n in targets) / sum(targets)
+    for entry in entries:
+        assert entry["kept"] == pytest.approx(share, abs=0.03)
+        n = sum(targets) / len(targets) * 16  # sequences between entries
+        assert entry["weight_entropy"] == pytest.approx(math.log(entry["kept"] * n) / math.log(n), abs=0.02)
+        assert entry["gradient/clean"] + entry["gradient/noisy"] == pytest.approx(1)
+        assert 0 < entry["gradient/clean"] < 1
+    assert not any("kept" in entry for entry in done.state.log_history if "loss" not in entry)
+
+
+def test_gradient_shares_are_those_of_the_logits(llama, data):
+    """Share of each group in the l1 norm of the gradient at the logits, taken from autograd."""
+    for method in (kr.sft.Focal(), kr.sft.DFT(), kr.sft.PRIOR()):
+        made = Collator(pad=0)(data[:6])
+        labels = made.pop("labels")
+        with method(llama, groups=GROUPS) as trace:
+            method(llama(**made), labels)
+            found = trace.log()
+            assert trace.log() == {}
+        logits = llama(**made).logits.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(method(logits, labels), logits)
+        force = torch.nn.functional.pad(grad.abs().sum(-1), (1, 0))[:, :-1]  # at the place of the target
+        noisy = float(force[labels.columns["group"] == 1].sum() / force.sum())
+        assert found["gradient/noisy"] == pytest.approx(noisy, rel=1e-4), method
+
+
+def test_groups_must_have_names(llama, data):
+    made = Collator(pad=0)(data[:3])
+    labels = made.pop("labels")
+    method = kr.sft.SFT()
+    with method(llama) as trace:
+        method(llama(**made), labels)
+        assert {"gradient/0", "gradient/1"} <= set(trace.log())
+    with (
+        method(llama, groups=("only",)),
+        pytest.raises(ValueError, match="group must number the 1 groups only; got 0 to 1"),
+    ):
+        method(llama(**made), labels)
+
+
+def test_evaluation_is_the_plain_loss_with_all_logits(llama, data, tmp_path):
+    seen = []
+
+    def measure(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"rows": float(len(prediction.label_ids))}
+
+    done = trainer(llama, data, kr.sft.Rho1(keep=0.3), tmp_path, steps=2)
+    done.compute_metrics = measure
+    done.train()
+    found = done.evaluate()
+    with torch.no_grad():
+        made = Collator(pad=0)(data[:5])
+        plain = llama(**{**made, "labels": made["labels"].as_subclass(torch.Tensor)}).loss
+    assert found["eval_loss"] == pytest.approx(float(plain), rel=1e-5) and found["eval_rows"] == 5
+    assert seen[0][-1] == 40 and seen[0][1] == made["input_ids"].shape[1]
+    bare = done.evaluate(datasets.Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in data[:5]]))
+    assert bare["eval_loss"] == pytest.approx(float(plain), rel=1e-5), "the method's columns are not needed"
+
+
+def test_a_training_that_failed_leaves_no_trace_on_the_next(llama, data, tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("out of memory")
+
+    method = kr.sft.SsToken()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(llama, data, method, tmp_path, callbacks=[Fail()]).train()
+    trainer(llama, data, method, tmp_path, steps=2).train()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    with pytest.raises(ValueError, match=r"Watch takes a method of kr.sft; got str"):
+        Watch("SFT")
+
+
+def test_columns_that_the_trainer_removed_are_missed(llama, data, tmp_path):
+    method = kr.sft.Rho1()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    cut = Trainer(
+        llama,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(data),
+        data_collator=Collator(pad=0),
+        compute_loss_func=method,
+    )
+    with pytest.raises(ValueError, match="unknown column 'reference'"):
+        cut.train()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_plain_loop_follows_the_trainer(llama, data, tmp_path, accumulate):
+    """Step by step, on batches in the same order."""
+    method = kr.sft.Rho1(keep=0.5, scope="sequence")
+    one, two = copy.deepcopy(llama), copy.deepcopy(llama)
+    found = kr.sft.train(
+        one, data, method, steps=8, batch_size=4, accumulate=accumulate, lr=3e-3, warmup=0.25, seed=1, every=1
+    )
+    order = kr.sft.train.__globals__["_order"](len(data), 4, 1)
+    sequence = [data[i] for _ in range(8 * accumulate) for i in next(order)[1]]
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    prepared = trainer(two, sequence, method, tmp_path, accumulate=accumulate, warmup_steps=2)
+    prepared.__class__ = InOrder
+    prepared.train()
+    assert np.allclose(found["loss"], curve(prepared), rtol=1e-4)
+    assert np.allclose(found["kept"], curve(prepared, "kept"))
+    assert found["step"].tolist() == list(range(1, 9))
+
+
+def test_the_plain_loop_learns_repeats_and_restores(llama, data):
+    one, two = copy.deepcopy(llama), copy.deepcopy(llama)
+
+    def evaluate(model):
+        assert not model.training
+        return {"held out": float(np.mean([x.sum() for x in kr.sft.score(model, data[:4]).nll]))}
+
+    options = {"steps": 30, "batch_size": 8, "lr": 1e-2, "evaluate": evaluate, "every": 10, "groups": GROUPS}
+    found = kr.sft.train(one, data, kr.sft.SFT(), **options)
+    assert found["step"].tolist() == [0, 10, 20, 30] and math.isnan(found["loss"][0])
+    assert found["held out"].iloc[-1] < 0.7 * found["held out"].iloc[0]
+    assert not one.training
+    again = kr.sft.train(two, datasets.Dataset.from_list(data), kr.sft.SFT(), **options)
+    assert found.equals(again), "the same seed gives the same curve, whatever holds the data"
+    other = kr.sft.train(copy.deepcopy(llama), data, kr.sft.SFT(), **{**options, "seed": 1})
+    assert not found["loss"].equals(other["loss"])
+    for bad, told in (({"steps": 0}, "steps"), ({"lr": -1.0}, "lr"), ({"accumulate": 0}, "accumulate")):
+        with pytest.raises(ValueError, match=told):
+            kr.sft.train(llama, data, kr.sft.SFT(), **{"steps": 1, **bad})
+    with pytest.raises(ValueError, match="at least one row"):
+        kr.sft.train(llama, [], kr.sft.SFT(), steps=1)
+
+
+def test_two_models_of_one_method_are_not_mixed_up(llama, data):
+    method, other = kr.sft.DFT(), copy.deepcopy(llama)
+    made = Collator(pad=0)(data[:2])
+    labels = made.pop("labels")
+    with method(llama), method(other):
+        alone = method(llama(**made), labels)
+        assert torch.equal(alone, method(other(**made), labels))
+        outputs = llama(**made)
+        other(**made)
+        with pytest.raises(ValueError, match="2 models are trained with DFT"):
+            method(outputs, labels)
+
+
+def test_a_model_that_changes_its_logits_is_found_out(llama, data):
+    made = Collator(pad=0)(data[:2])
+    labels = made.pop("labels")
+    method = kr.sft.SFT()
+    llama.register_forward_hook(lambda module, args, outputs: setattr(outputs, "logits", 0.5 * outputs.logits))
+    with (
+        method(llama),
+        pytest.raises(ValueError, match=r"changes its logits after the head; use method\(model, logits=True\)"),
+    ):
+        method(llama(**made), labels)
+    with method(llama, logits=True):
+        assert torch.isfinite(method(llama(**made), labels))
+
+
+def test_under_autocast_the_loss_is_that_of_the_model(llama, data):
+    made = Collator(pad=0)(data[:4])
+    labels = made.pop("labels")
+    method = kr.sft.SFT()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = llama(**made, labels=labels.as_subclass(torch.Tensor)).loss
+        with method(llama):
+            outputs = llama(**made)
+            inside = method(outputs, labels)
+    assert float(inside.detach()) == pytest.approx(float(plain.detach()), rel=1e-3)
