@@ -386,6 +386,7 @@ def test_star_reads_both_attentions(model, plain, seen):
         attention = plain(input_ids=IDS, pixel_values=PIXELS, output_attentions=True).attentions[1]
     want = attention[:, :, FIRST + N :, FIRST : FIRST + N].mean((1, 2))
     assert [step.layer for step in trace.steps] == [2]
+    close(trace.steps[0].score, want)
     assert kept(trace) == [top(row, 6) for row in want]
     received = seen["attention"][FEATURE].mean((1, 2))[:, 1:]
     trace, _, _ = run(model, kr.mllm.STAR(keep=(9, 9)))

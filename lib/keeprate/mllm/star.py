@@ -9,6 +9,7 @@ from keeprate.anatomy import Multimodal
 from keeprate.method import register
 from keeprate.mllm.base import Inside, Visual, best, dropped
 from keeprate.mllm.vscan import TwoStages
+from keeprate.reduce import Reduction
 
 
 @register(kind="pruning", needs=("received attention", "attention rows"), reconstructed=True)
@@ -28,15 +29,12 @@ class STAR(TwoStages):
     def tower_layers(self, parts: Multimodal) -> tuple[int, ...]:
         return (parts.feature,)
 
-    def before(self, t: Visual) -> torch.Tensor | None:
+    def before(self, t: Visual) -> Reduction | None:
         count = self.first_count(t)
         if bool((count >= t.total).all()):
             return None
         scores = t.received(t.parts.feature).mean(1)
         return dropped(best(scores, count, t.valid), t.hide(scores))
 
-    def inside(self, t: Inside) -> torch.Tensor | None:
-        count = self.second_count(t)
-        if bool((count >= t.count).all()):
-            return None
-        return best(t.from_text().mean(1), count, t.valid)
+    def score(self, t: Inside) -> torch.Tensor:
+        return t.from_text().mean(1)

@@ -9,7 +9,7 @@ from keeprate.anatomy import Multimodal
 from keeprate.budget import Budget
 from keeprate.check import fraction, whole
 from keeprate.method import register
-from keeprate.mllm.base import Inside, MLLMMethod, Visual, best, check_layers
+from keeprate.mllm.base import Inside, MLLMMethod, Visual, best, check_layers, dropped
 from keeprate.mllm.visionzip import nearest
 from keeprate.reduce import Reduction, join
 
@@ -59,9 +59,20 @@ class TwoStages(MLLMMethod):
         return torch.minimum((first + 1e-6).long().clamp_min(1), t.total)
 
     def second_count(self, t: Inside) -> torch.Tensor:
-        """[b] tokens that every sample keeps inside: of those present the share that the two counts stand to each other."""
+        """[b] tokens that every sample keeps inside: of those present, the second count as a share of the first."""
         first, then = self.shares(t.total, t.depth)
         return torch.minimum((t.count * (then / first) + 0.5).long().clamp_min(1), t.count)
+
+    def score(self, t: Inside) -> torch.Tensor:
+        """[b, v] importance in the second reduction, higher = keep."""
+        raise NotImplementedError(f"{self.name} does not say how it scores")
+
+    def inside(self, t: Inside) -> Reduction | None:
+        count = self.second_count(t)
+        if bool((count >= t.count).all()):
+            return None
+        scores = self.score(t)
+        return dropped(best(scores, count, t.valid), t.hide(scores))
 
 
 @register(kind="merging", needs=("class attention", "features", "attention rows"))
@@ -108,11 +119,8 @@ class VScan(TwoStages):
         keep = local_global(local, wide, t.place, count, self.window, t.valid)
         return join(nearest(t.x, keep, t.valid), score=t.hide(wide))
 
-    def inside(self, t: Inside) -> torch.Tensor | None:
-        count = self.second_count(t)
-        if bool((count >= t.count).all()):
-            return None
-        return best(t.from_last(ahead=True).mean(1), count, t.valid)
+    def score(self, t: Inside) -> torch.Tensor:
+        return t.from_last(ahead=True).mean(1)
 
 
 def local_global(
