@@ -1,5 +1,7 @@
 """Measuring KV-cache methods: the shortcut equals the real run, truths equal brute force, shares equal counting."""
 
+from dataclasses import replace
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -95,7 +97,7 @@ def test_column_sums_are_computed_once_and_only_for_the_same_question(model, dra
     monkeypatch.setattr(AttentionView, "received", lambda self, *a: (calls.append(1), real(self, *a))[1])
     weight = torch.rand(N)
     for ask in ((None, "sum"), (weight, "sum"), (1 - weight, "sum"), (None, "max")):
-        for asked in (view, M.replace(view, k=view.k.clone())):
+        for asked in (view, replace(view, k=view.k.clone())):
             asked.received(*ask).zero_()  # what one method does to it, another does not see
             torch.testing.assert_close(asked.received(*ask), real(plain, *ask))
     assert len(calls) == 4
@@ -310,7 +312,7 @@ def test_study_agrees_with_generate(model, drawn, method, question):
                 answers = run()
     answers = answers.clone()
     answers[::2, -1] = (answers[::2, -1] + 1) % VOCAB  # every second one wrong in its last token
-    changed = M.replace(drawn, answer=answers)
+    changed = replace(drawn, answer=answers)
     table = M.study(model, changed, {"it": method}, question, batch=4, progress=False)
     assert table["correct"].tolist() == [False, True] * 3
     assert table["sample"].tolist() == list(range(6))
@@ -335,7 +337,7 @@ def test_study_columns(model, drawn):
 
 
 def test_study_takes_samples_of_several_lengths(model, drawn):
-    short = M.replace(drawn, context=drawn.context[:, 8:], truth=drawn.truth[:, 8:])
+    short = replace(drawn, context=drawn.context[:, 8:], truth=drawn.truth[:, 8:])
     methods = {"full": None, "knorm": kv.KNorm(keep=0.25)}
     both = M.study(model, [drawn, short], methods, batch=4, progress=False)
     alone = [M.study(model, one, methods, batch=6, progress=False) for one in (drawn, short)]
@@ -347,7 +349,7 @@ def test_study_takes_samples_of_several_lengths(model, drawn):
 
 
 def test_study_of_answers_of_one_token(model, drawn):
-    short = M.replace(drawn, answer=drawn.answer[:, :1])
+    short = replace(drawn, answer=drawn.answer[:, :1])
     table = M.study(model, short, {"knorm": kv.KNorm(keep=0.25)}, "known", truth=M.TRUTHS, progress=False)
     assert table[["recall_oracle", "recall_leave_one_out"]].notna().all(None)
     assert table[["recall_grad_x_input", "mass_leave_one_out_loss", "correlation_grad_x_input"]].isna().all(None)

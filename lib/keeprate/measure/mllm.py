@@ -21,8 +21,9 @@ from keeprate.anatomy import multimodal
 from keeprate.check import whole
 from keeprate.measure.cost import EXTRA, race
 from keeprate.measure.interval import bootstrap
-from keeprate.measure.kv import _ratios, summarise
+from keeprate.measure.kv import kl
 from keeprate.measure.sight import Sight
+from keeprate.measure.table import ratios, summarise
 from keeprate.measure.truth import auroc
 from keeprate.mllm.base import MLLMMethod, Wrapper
 from keeprate.mllm.baselines import OracleVisual
@@ -170,7 +171,7 @@ def answers(
                 "answer": said,
                 "correct": task.score(said, rows).numpy(),
                 "agree": np.array(said) == np.array(dense[0]),
-                "kl": _kl(dense[1], logits).numpy(),
+                "kl": kl(dense[1][:, None], logits[:, None]).cpu().numpy(),
             }
             columns |= _kept(trace, needed)
             tables.append(pd.DataFrame({"method": name, "sample": rows} | columns))
@@ -218,12 +219,6 @@ def _generate(loaded: Loaded, inputs: dict[str, torch.Tensor], most: int) -> tup
     )
     new = made.sequences[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], made.logits[0].float()
-
-
-def _kl(whole_image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence of predictions [b, v] from those with every token: [b], nats."""
-    p, q = whole_image.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0).cpu()
 
 
 def yes_no(samples: pd.DataFrame, task: VQA, by: Sequence[str] = ("method",), confidence: float = 0.95) -> pd.DataFrame:
@@ -339,7 +334,7 @@ def prefill_cost(
     with sight.show():
         device = next(model.parameters()).device
         taken = race([call(None), *map(call, calls.values())], device, repeats, seconds_budget)
-        table = _ratios(list(calls), taken[:, 0], taken[:, 1:], "ratio", lambda dense, own: dense / own)
+        table = ratios(list(calls), taken[:, 0], taken[:, 1:], "ratio", lambda dense, own: dense / own)
         table = table.rename(columns={"full_ms": "dense_ms"})
         dense = _work(call(None))[0]
         extra = []

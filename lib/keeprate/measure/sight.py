@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from keeprate import attention
 from keeprate.anatomy import multimodal
 from keeprate.attention import AttentionView, Listener, listen
-from keeprate.measure.kv import _Recorded
+from keeprate.measure.kv.reading import Recorded
 from keeprate.mllm.encoder import around
 
 
@@ -63,7 +63,7 @@ class Sight(Listener):
         self._blocks: list[tuple] = []
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
-        kind = _Recorded if self.memory else AttentionView
+        kind = Recorded if self.memory else AttentionView
         self._views.append((module, kind(**{f.name: getattr(view, f.name) for f in fields(AttentionView)})))
 
     @contextmanager
