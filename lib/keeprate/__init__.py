@@ -14,6 +14,7 @@ from keeprate.budget import Budget
 from keeprate.method import Method, method, methods, register
 from keeprate.models import load, models
 from keeprate.tasks import task
+from keeprate.tasks.vqa import vqa
 from keeprate.trace import Trace
 
 # imported on first use: they need what a machine that only trains may lack
@@ -50,6 +51,7 @@ __all__ = [
     "start",
     "task",
     "vit",
+    "vqa",
 ]
 
 
