@@ -1,6 +1,7 @@
 """Fine-tuning tasks: what is drawn is what the groups say, and the scorer measures what greedy decoding does."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -273,3 +274,38 @@ def test_a_tokenizer_that_does_not_write_digits(tokenizer):
     drawn = finetune.sample(tokenizer, "tools", n=2)
     with pytest.raises(ValueError, match="batch must be an integer of at least 1; got 0"):
         finetune.evaluate(torch.nn.Linear(1, 1), tokenizer, drawn, batch=0)
+
+
+def save_rows(path, n=64):
+    """Rows with the columns of Alpaca."""
+    lines = [{"instruction": f"What is {i} and {i}?", "input": "", "output": f"The sum is {2 * i}."} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_public_rows_have_the_same_form(tokenizer, tmp_path):
+    source = save_rows(tmp_path / "rows.jsonl")
+    drawn = finetune.sample(tokenizer, source, n=100, seed=1)
+    assert len(drawn) == 48 and drawn.names == ("text", "numeric") and drawn.kind == source  # six rows in eight
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn.input_ids]
+    for text, ids, group in zip(said, drawn.input_ids, drawn.group, strict=True):
+        i = int(re.fullmatch(r"What is (\d+) and (\d+)\?\nThe sum is (\d+)\.", text)[1])
+        assert tokenizer.decode(ids[group == 1]).strip() == str(2 * i)
+        assert tokenizer.decode(ids[group >= 0]) == f"The sum is {2 * i}." + tokenizer.eos_token
+    parts = [finetune.sample(tokenizer, source, n=100, split=split) for split in ("reference", "test")]
+    rows = [*said, *(tokenizer.decode(ids, skip_special_tokens=True) for part in parts for ids in part.input_ids)]
+    assert len(set(rows)) == 64  # no row in two splits
+    noisy = finetune.sample(tokenizer, source, n=100, seed=1, noise=0.5)
+    whole = finetune.sample(tokenizer, source, n=100, seed=1, noise=0.0)
+    assert whole.share == 1.0 and noisy.names == whole.names == ("noisy", "clean") and 0.3 < noisy.share < 0.7
+    changed = noisy.input_ids != whole.input_ids
+    assert changed.any() and not (changed & (noisy.group != 0)).any()
+    assert torch.equal(noisy.labels, noisy.input_ids.where(noisy.group >= 0, finetune.IGNORED))
+
+
+def test_public_rows_that_do_not_fit(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"instruction": "a", "text": "b"})] * 16))
+    with pytest.raises(ValueError, match="has the columns instruction, text; needed: messages, or one of instruction"):
+        finetune.sample(tokenizer, str(tmp_path / "rows.jsonl"), n=2)
+    with pytest.raises(ValueError, match=r"is neither a task, a file \.jsonl or \.parquet, nor a hub data set"):
+        finetune.sample(tokenizer, "nobody/nothing", n=2)

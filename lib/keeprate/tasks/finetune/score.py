@@ -44,31 +44,40 @@ class Score:
         return f"Score({self.metric} {self.value:.4g}, {self.nll:.4g} nats a token, n={len(self.values)})"
 
 
-def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the model says of every token but the first: [n, length - 1, vocabulary]."""
-    return model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """What the model says of the tokens marked in wanted [n, length], none of them the first: [wanted, vocabulary]."""
+    row, place = wanted.nonzero(as_tuple=True)
+    return model(ids, attention_mask=mask, use_cache=False).logits[row, place - 1].float()
 
 
-def _exact(logits: Tensor, ids: Tensor, truth: Tensor, answer: Tensor) -> Tensor:
-    """Whether every token of an answer is the likeliest one behind those before it: float [answers]."""
-    each = torch.arange(int(answer.max()) + 1, device=ids.device)[:, None, None]
-    part = truth & (answer == each)  # answers n length
-    right = ((logits.argmax(-1) == ids) | ~part).all(-1)
-    return right.T[part.any(-1).T].float()
+def _exact(right: Tensor, answer: Tensor, truth: Tensor) -> Tensor:
+    """Which answers are right in each of their tokens: float [answers], row by row."""
+    row, _ = truth.nonzero(as_tuple=True)
+    most = int(answer.max()) + 1
+    found = torch.full((len(truth) * most,), 2.0, device=right.device)  # 2: no such answer
+    found = found.scatter_reduce(0, row * most + answer[truth], right.float(), "amin")
+    return found[found < 2]
 
 
 def _error(model: nn.Module, logits: Tensor, ids: Tensor, mask: Tensor, answer: Tensor, values: Tensor) -> Tensor:
-    """How far the number that greedy decoding writes, digit by digit, lies from the true one: float [answers]."""
-    chosen = values >= 0
-    written = logits.masked_fill(~chosen, -torch.inf).argmax(-1)  # n length-1, a digit's token everywhere
+    """How far the number that greedy decoding writes, digit by digit, lies from the true one: float [answers].
+
+    Args:
+        model: the model.
+        logits: [digits, vocabulary], of every digit of every answer.
+        ids, mask, answer: int64 [n, length].
+        values: int64 [vocabulary], see `digits`.
+    """
+    digit = (answer >= 0) & (values[ids] >= 0)
+    other = values < 0
+    written = ids.masked_scatter(digit, logits.masked_fill(other, -torch.inf).argmax(-1))
     found = []
     for i in range(int(answer.max()) + 1):
-        digit = (answer[:, 1:] == i) & (values[ids[:, 1:]] >= 0)
-        tens, ones = (digit & (digit.cumsum(1) == place) for place in (1, 2))
-        again = torch.cat([ids[:, :1], ids[:, 1:].where(~tens, written)], dim=1)  # the ones follow the tens it wrote
-        second = _logits(model, again, mask).masked_fill(~chosen, -torch.inf).argmax(-1)
-        guess = 10 * values[written[tens]] + values[second[ones]]
-        found.append(guess - 10 * values[ids[:, 1:][tens]] - values[ids[:, 1:][ones]])
+        own = digit & (answer == i)
+        tens, ones = (own & (own.cumsum(1) == place) for place in (1, 2))
+        again = _logits(model, ids.where(~tens, written), mask, ones)  # the ones follow the tens that it wrote
+        guess = 10 * values[written[tens]] + values[again.masked_fill(other, -torch.inf).argmax(-1)]
+        found.append(guess - 10 * values[ids[tens]] - values[ids[ones]])
     return torch.stack(found, dim=1).flatten().abs().float()
 
 
@@ -77,7 +86,8 @@ def evaluate(model: nn.Module, tokenizer: Any, records: Records, batch: int = 64
     """Measure what a model has learned; only tokens to be learned count.
 
     `arithmetic`, `tools`: share of answers whose every token is the likeliest one, given the true ones before it.
-    `numbers`: distance of the number written greedily, digits only, from the true one. `documents`: nats a token.
+    `numbers`: distance of the number written greedily, digits only, from the true one. `documents` and public
+    data: nats a token.
 
     Args:
         model: a causal language model of transformers; its mode, train or eval, is as before afterwards.
@@ -99,14 +109,17 @@ def evaluate(model: nn.Module, tokenizer: Any, records: Records, batch: int = 64
         ids, mask, group, answer = (
             x[part].to(device) for x in (records.input_ids, records.attention_mask, records.group, records.answer)
         )
-        logits, truth = _logits(model, ids, mask), group[:, 1:] == 1
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(truth)
-        nll.append(loss[truth])
-        if records.kind == "documents":
-            values.append((loss * truth).sum(1) / truth.sum(1))
+        truth = group == 1
+        logits, targets = _logits(model, ids, mask, truth), ids[truth]
+        loss = functional.cross_entropy(logits, targets, reduction="none")
+        nll.append(loss)
+        if records.kind not in METRIC or records.kind == "documents":
+            each = torch.zeros(truth.shape, device=device).masked_scatter(truth, loss).sum(1) / truth.sum(1)
+            values.append(each[truth.any(1)])
         elif records.kind == "numbers":
-            values.append(_error(model, logits, ids, mask, answer, digits(tokenizer).to(device)))
+            known = digits(tokenizer).to(device)
+            values.append(_error(model, logits[known[targets] >= 0], ids, mask, answer, known))
         else:
-            values.append(_exact(logits, ids[:, 1:], truth, answer[:, 1:]))
+            values.append(_exact(logits.argmax(-1) == targets, answer, truth))
     model.train(training)
-    return Score(METRIC[records.kind], torch.cat(values).cpu(), torch.cat(nll).mean().item())
+    return Score(METRIC.get(records.kind, METRIC["documents"]), torch.cat(values).cpu(), torch.cat(nll).mean().item())
