@@ -1,5 +1,5 @@
 # The two commands: `make run` executes every notebook, `make test` runs the test suite. Both create .venv when it is missing.
-#   make run TIER=smoke              another tier: smoke, default or paper
+#   make run TIER=smoke              another tier: smoke, default, full (where there is one) or paper
 #   make run NB=10_vit_pruning       some notebooks, separated by commas
 SHELL := /bin/bash
 PYTHON ?= python3

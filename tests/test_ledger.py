@@ -21,6 +21,7 @@ INTERVAL = (0.1, 0.3)
         ("default", False, -0.2, (-0.3, -0.1), "not reproduced"),
         ("default", False, float("nan"), None, "not reproduced"),
         ("interactive", True, 0.2, INTERVAL, "direction only"),
+        ("full", True, 0.2, INTERVAL, "direction only"),
         ("paper", True, 0.2, INTERVAL, "reproduced"),
         ("paper", True, 0.2, None, "direction only"),
         ("paper", True, 0.2, (-0.1, 0.5), "not reproduced"),
@@ -106,6 +107,18 @@ def test_the_paper_tier_counts_before_the_default_tier_and_failed_runs_do_not_co
     assert ledger.build("runs").tier.tolist() == ["default"]
     write_run("default", status="interrupted")
     assert ledger.build("runs").verdict.tolist() == ["not run"]
+
+
+def test_the_stored_full_tier_counts_before_the_default_tier(toy):
+    write_claims(FIELDS)
+    write_run("default")
+    told = {"id": "vit.toy.better", "verdict": "not reproduced", "effect": -0.1, "interval": [-0.2, -0.05]}
+    kept = {"device": "cpu", "claims": [told | {"n_seeds": 5, "reason": "the test failed"}]}
+    project.write_json(Path("data/expected/10_vit_toy.full.cpu.json"), kept)
+    found = ledger.build("runs").iloc[0]
+    assert (found.verdict, found.tier, found.seeds) == ("not reproduced", "full", 5)
+    write_run("full", verdict="direction only", n_seeds=3)  # a run of one's own counts before what is stored
+    assert ledger.build("runs")[["verdict", "tier", "seeds"]].to_numpy().tolist() == [["direction only", "full", 3]]
 
 
 def test_an_empty_project_has_an_empty_ledger(toy):

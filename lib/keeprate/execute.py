@@ -39,7 +39,7 @@ def execute(notebook: str, tier: str, out: Path, gpus: str | None = None, strict
 
     Args:
         notebook: its name, or a path to it.
-        tier: `smoke`, `default` or `paper`.
+        tier: `smoke`, `default`, `full` or `paper`.
         out: folder of all runs.
         gpus: the GPUs it may see, as in CUDA_VISIBLE_DEVICES; None: all.
         strict_drift: whether numbers that drifted from data/expected make the run fail.

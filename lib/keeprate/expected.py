@@ -18,8 +18,13 @@ def path_of(results: Results) -> Path:
 
 
 def extract(results: Results) -> dict[str, Any]:
-    """The part of a run's results worth expecting: what has a tolerance, the verdicts, and their origin."""
+    """The part of a run's results worth expecting: what has a tolerance, the verdicts, and their origin.
+
+    Of the `full` tier, which is run once and not by everybody, the claims are kept whole, with date and machine.
+    """
+    once = ("started", "seconds", "device_name", "claims") if results["tier"] == "full" else ()
     return {
+        **{key: results[key] for key in once},
         **{key: results[key] for key in ("notebook", "tier", "device", "parameters", "versions", "code")},
         "metrics": {
             name: {"value": m["value"], "tolerance": m["tolerance"]}
@@ -39,6 +44,17 @@ def read(results: Results) -> dict[str, Any] | None:
     """The expected numbers for this run, or None where nothing is stored for its notebook, tier and device."""
     path = path_of(results)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def stored(notebook: str, tier: str = "full", device: str = "cpu") -> dict[str, Any] | None:
+    """What `data/expected` holds of a notebook's run, or None.
+
+    Args:
+        notebook: its name.
+        tier: of the run.
+        device: it ran on.
+    """
+    return read({"notebook": notebook, "tier": tier, "device": device})
 
 
 def differences(results: Results, expected: Mapping[str, Any]) -> list[str]:

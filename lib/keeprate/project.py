@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from keeprate.check import unknown
 
-TIERS = ("smoke", "default", "paper")
+TIERS = ("smoke", "default", "full", "paper")
+OPTIONAL = ("full",)  # tiers that only some notebooks have
 TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "None": None}
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -92,9 +93,9 @@ class Notebook(BaseModel):
     needs: Literal["cpu", "gpu"] = "cpu"
     timing: bool = False
     """True when it measures wall-clock time: it then runs alone, with all cores."""
-    minutes: dict[Literal["smoke", "default", "paper"], float | None]
+    minutes: dict[Literal["smoke", "default", "full", "paper"], float | None]
     """Measured run time; null until measured."""
-    memory_gb: dict[Literal["smoke", "default", "paper"], float | None]
+    memory_gb: dict[Literal["smoke", "default", "full", "paper"], float | None]
     """Measured peak memory of the process; null until measured."""
 
 

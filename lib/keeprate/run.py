@@ -54,7 +54,7 @@ class Run:
 
     Attributes:
         notebook: its name.
-        tier: `smoke`, `default` or `paper`; `interactive` when nobody chose one.
+        tier: `smoke`, `default`, `full` or `paper`; `interactive` when nobody chose one.
         params: every declared parameter with the value of this run.
         seed: the parameter `seed`, 0 where none is declared; already given to python, numpy and torch.
         device: where to compute.
