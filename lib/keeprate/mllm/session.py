@@ -491,19 +491,17 @@ class MLLMSession(Listener):
         if values is not None:
             x = x.clone()
             x[rows.expand_as(target)[there], target[there]] = values[there].to(x.dtype)
-        # the sequence without what is represented elsewhere; line ends of a reduced image go too
-        is_visual = self.is_visual.gather(1, self.ids)
-        touched = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        touched[row] = True
-        stays = ~is_visual | ~touched[:, None]
-        stays[rows.expand_as(target)[there], target[there]] = True
         # who stands for whom, by number in the sample
         number_of = self.rank.gather(1, self.ids)[rows, slot]  # i n
         home = reduction.slots(slot.shape[1])
-        rep_number = number_of.gather(1, rep)
-        new = torch.where(home >= 0, rep_number.gather(1, home.clamp_min(0)), -1)
+        new = torch.where(home >= 0, number_of.gather(1, rep).gather(1, home.clamp_min(0)), -1)
         table = torch.full((len(x), self.home.shape[1]), -1, device=x.device)
         table[rows.expand_as(slot)[present], number_of[present]] = new[present]
+        # the sequence without what is represented elsewhere; the line ends of a sample that got shorter go too
+        touched = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        touched[row[((new != number_of) & present).any(1)]] = True
+        stays = ~self.is_visual.gather(1, self.ids) | ~touched[:, None]
+        stays[rows.expand_as(target)[there], target[there]] = True
         whole = touched[:, None] & (self.home >= 0)
         self.home = torch.where(whole, table.gather(1, self.home.clamp_min(0)), self.home)
         scores = None
