@@ -135,6 +135,22 @@ def test_a_packed_question_is_answered_as_if_it_were_alone(tokenizer, untrained)
             torch.testing.assert_close(packed[:, own], single, rtol=1e-4, atol=1e-4)
 
 
+def test_packed_attention_is_that_under_the_mask():
+    torch.manual_seed(0)
+    n = 1 + TOKENS + 3 * ROOM
+    q, k, v = (torch.randn(2, h, n, 16, requires_grad=True) for h in (4, 2, 2))
+    mask, _ = llava_digits.alone(3)
+    ours, _ = llava_digits.packed(None, q, k, v, None, scaling=0.25, questions=3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+    weight = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((theirs.transpose(1, 2) * weight).sum(), (q, k, v)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    plain, _ = llava_digits.packed(None, q, k, v, mask, scaling=0.25)
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("turns", [0.0, 1.0])
 def test_labels_are_the_answers_and_nothing_else(tokenizer, untrained, turns):
     recipe = loop.Recipe(stages=(llava_digits.Stage(1, llava_digits.ALL, batch=3, questions=6, turns=turns),))
@@ -187,6 +203,11 @@ def test_only_projector_and_language_model_learn(tokenizer, tmp_path):
     second.run(tmp_path / "b.safetensors")
     for name, weight in second.averaged().items():
         assert torch.equal(weight, whole.averaged()[name]), name
+    other = llava_digits.Trainer(llava_digits.build(len(tokenizer), seed=5), tokenizer, recipe)
+    own = {name: weight.clone() for name, weight in other.model.named_parameters()}
+    other.restore(tmp_path / "b.safetensors")  # a tower that was trained on takes the place of the one before
+    for name, weight in other.averaged().items():
+        assert torch.equal(weight, own[name] if "vision_tower" in name else whole.averaged()[name]), name
 
 
 # what is shipped

@@ -357,10 +357,12 @@ def _render(
     local = centre - start
 
     scene, slot = filled.nonzero().T  # k items in all
-    k, wild = len(scene), 1.5 if split == "train" else 1.0  # few hands are known: vary them more than the test does
+    k = len(scene)
     is_digit = colours[scene, slot] >= 0
-    angle, slant = uniform(-0.1, 0.1, k) * wild, uniform(-0.1, 0.1, k) * wild
-    threshold, bend = uniform(0.35, 0.55, k), uniform(-0.08, 0.08, k, 4) * (wild > 1)
+    angle, slant, threshold, bend = uniform(-0.1, 0.1, k), uniform(-0.1, 0.1, k), uniform(0.35, 0.55, k), None
+    if split == "train":  # few hands are known: vary them more than the test does
+        angle, slant, bend = 1.5 * angle, 2.5 * slant, uniform(-0.15, 0.15, k, 4)
+        threshold = uniform(0.3, 0.6, k)
     alpha, paint = torch.empty(k, WINDOW, WINDOW), torch.empty(k, 3, WINDOW, WINDOW)
 
     a, b = is_digit.nonzero()[:, 0], (~is_digit).nonzero()[:, 0]
@@ -369,7 +371,7 @@ def _render(
     which = among[(first.cumsum(0) - first)[value] + (uniform(0, 1, len(a)) * first[value]).long()]
     alpha[a] = digits.draw_glyphs(
         ink[which], local[scene[a], slot[a]], height[scene[a], slot[a]], (WINDOW, WINDOW), angle[a], slant[a],
-        threshold[a], bend[a],
+        threshold[a], None if bend is None else bend[a],
     )  # fmt: skip
     hue = torch.tensor(list(COLOURS.values()))[colours[scene[a], slot[a]]]
     hue = ((hue + uniform(-0.06, 0.06, len(a), 3)) * uniform(0.85, 1.0, len(a), 1)).clamp(0, 1)

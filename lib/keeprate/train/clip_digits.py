@@ -15,9 +15,10 @@ The last makes a text embedding comparable with patch embeddings, which methods 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,14 @@ RECIPE = loop.Recipe(
     lr=1.5e-3,
     warmup=100,
     decay=0.35,
+)
+# A second run, from the result of the first, with heads that begin anew: digits of hands that vary more.
+REFINE = loop.Recipe(
+    stages=(Stage(900, batch=32, crowd=0.75),),
+    seed=1,
+    lr=6e-4,
+    warmup=50,
+    decay=0.7,
 )
 
 
@@ -219,14 +228,19 @@ def products(
     return (scores.softmax(-1, dtype=scores.dtype) @ value).view(b, h, n, d).transpose(1, 2), None
 
 
-def attend_by_products(model: nn.Module) -> None:
-    """Let a transformers model attend by `products`; ``model.set_attn_implementation("sdpa")`` takes it back."""
+def attend_by(attention: Callable[..., tuple[Tensor, None]], model: nn.Module) -> None:
+    """Let a transformers model attend by a function; ``model.set_attn_implementation("sdpa")`` takes it back.
+
+    Args:
+        attention: such as `products`.
+        model: changed in place.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register("products", products)
-    AttentionMaskInterface.register("products", eager_mask)
-    model.set_attn_implementation("products")
+    AttentionInterface.register(attention.__name__, attention)
+    AttentionMaskInterface.register(attention.__name__, eager_mask)
+    model.set_attn_implementation(attention.__name__)
 
 
 def places(side: int, width: int) -> Tensor:
@@ -367,7 +381,7 @@ class Trainer(loop.Trainer):
     ) -> None:
         super().__init__(model, recipe, device, bf16)
         self.tokenizer = tokenizer
-        attend_by_products(model.clip)
+        attend_by(products, model.clip)
         ways = list(texts().values())
         most = max(map(len, ways))
         flat = [line for each in ways for line in (each * most)[:most]]
@@ -529,17 +543,23 @@ FIELDS = ("pixels", "classes", "cells", "colours", "patches", "background")
 
 def main() -> None:
     """The command line: train or resume, measure, publish."""
-    from transformers import CLIPProcessor
+    from transformers import CLIPModel, CLIPProcessor
 
     options = loop.options(NAME)
     options.add_argument("--fp32", action="store_true", help="no bfloat16, for processors that are slow at it")
     options.add_argument("--seed", type=int, default=2026, help="of the sample that is measured")
+    options.add_argument("--refine", type=Path, help="folder of the first run's result; does the second run")
     given = options.parse_args()
 
     torch.set_num_threads(given.threads)
-    words, checkpoint = tokenizer(clip=True), given.work / f"{NAME}.safetensors"
-    model = Learner(len(words), RECIPE.seed)
-    trainer = Trainer(model, words, RECIPE, given.device, not given.fp32)
+    recipe, name = (RECIPE, NAME) if given.refine is None else (REFINE, f"{NAME}-refined")
+    words, checkpoint = tokenizer(clip=True), given.work / f"{name}.safetensors"
+    model, earlier = Learner(len(words), recipe.seed), None
+    if given.refine is not None:
+        first = CLIPModel.from_pretrained(given.refine, dtype=torch.float32, use_safetensors=True)
+        model.clip.load_state_dict(first.state_dict())
+        earlier = json.loads((given.refine / "card.json").read_text())
+    trainer = Trainer(model, words, recipe, given.device, not given.fp32)
     if given.interim:
         trainer.restore(checkpoint)
     else:
@@ -548,12 +568,12 @@ def main() -> None:
     model.cpu().eval()
     model.clip.set_attn_implementation("sdpa")
     model.clip.to(torch.bfloat16).to(torch.float32)  # as it will be stored
-    final = trainer.step == RECIPE.steps
+    final = trainer.step == recipe.steps
     found = measure(model, words, seed=given.seed)
     facts = {
         "name": NAME,
         "task": "scenes",
-        "status": "final" if final else f"interim: step {trainer.step} of {RECIPE.steps}",
+        "status": "final" if final else f"interim: step {trainer.step} of {recipe.steps}",
         "train_command": f"python -m keeprate.train.clip_digits --out data/models/{NAME}",
         "data": DATA,
         "accuracy": found["digits"]
@@ -561,8 +581,11 @@ def main() -> None:
         "measured": found,
         "sample": f"keeprate.train.clip_digits.measure(model, tokenizer, seed={given.seed})",
     }
+    if earlier is not None:
+        facts["train_command"] += f", then with --refine data/models/{NAME} too"
+        facts["first_run"] = {key: earlier[key] for key in ("recipe", "steps", "minutes", "measured")}
     processor = CLIPProcessor(image_processor(), words)
-    card = loop.publish(model.clip.to(torch.bfloat16), given.out, RECIPE, trainer, facts, processor.save_pretrained)
+    card = loop.publish(model.clip.to(torch.bfloat16), given.out, recipe, trainer, facts, processor.save_pretrained)
     if final:
         checkpoint.unlink()
     print(json.dumps({key: card[key] for key in ("status", "measured", "minutes", "params")}, indent=1))

@@ -58,10 +58,19 @@ class Stage:
     turns: float = 0.0
 
 
-#                presence place where count largest read colour gist
-FIRST, ALL = (0.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0), (2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0, 0.5)
+#        presence place where count largest read colour gist
+FIRST = (0.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+ALL = (2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0, 0.5)
+LATE = (1.5, 1.0, 1.0, 2.0, 1.5, 2.5, 3.0, 3.0)  # more of what came last
+COLOUR = (0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 8.0, 0.5)  # still at chance when all others were learned
 RECIPE = loop.Recipe(
-    stages=(Stage(300, FIRST), Stage(2700, ALL, turns=0.2)),
+    stages=(
+        Stage(300, FIRST),
+        Stage(400, ALL, turns=0.2),
+        Stage(261, LATE, turns=0.2),
+        Stage(150, COLOUR),
+        Stage(1039, LATE, turns=0.2),
+    ),
     lr=2e-3,
     warmup=100,
     decay=0.4,
@@ -197,6 +206,50 @@ def alone(questions: int, device: str | torch.device = "cpu") -> tuple[Tensor, T
     return torch.zeros(1, 1, n, n, device=device).masked_fill_(~seen, float("-inf")), positions[None]
 
 
+def packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    questions: int = 0,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention under the mask of `alone` without what it hides; without questions `clip_digits.products`.
+
+    Args:
+        module: ignored.
+        query: [b, h, n, d].
+        key, value: [b, g, n, d], heads of the query share them.
+        attention_mask: for `clip_digits.products`; else that of `alone` is meant.
+        scaling: of the scores.
+        questions: behind the image, `ROOM` tokens each.
+
+    Returns:
+        [b, n, h, d], and None for the weights.
+    """
+    if not questions:
+        return clip_digits.products(module, query, key, value, attention_mask, scaling, **rest)
+    b, h, n, d = query.shape
+    g, m = key.shape[1], 1 + TOKENS
+    query = (query * scaling).view(b, g, h // g, n, d)
+    first, own = query[:, :, :, :m].flatten(2, 3), query[:, :, :, m:]  # b g r*m d, b g r t d
+    image, past = key[:, :, :m], value[:, :, :m]
+    hidden = query.new_full((m, m), float("-inf")).triu(1)
+    weights = ((first @ image.mT).view(b, g, -1, m, m) + hidden).softmax(-1)
+    before = (weights.flatten(2, 3) @ past).view(b, h, m, d)
+
+    blocks = (questions, ROOM)
+    own_key, own_value = (each[:, :, None, m:].unflatten(3, blocks) for each in (key, value))  # b g 1 q 8 d
+    far = (own.flatten(2, 3) @ image.mT).view(b, g, h // g, *blocks, m)
+    near = own.unflatten(3, blocks) @ own_key.mT + hidden[:ROOM, :ROOM]  # b g r q 8 8
+    weights = torch.cat([far, near], -1).softmax(-1)
+    behind = (weights[..., :m].reshape(b, g, -1, m) @ past).view(b, h, n - m, d)
+    behind = behind + (weights[..., m:] @ own_value).view(b, h, n - m, d)
+    return torch.cat([before, behind], 2).transpose(1, 2), None
+
+
 class Trainer(loop.Trainer):
     """Cross-entropy of answers.
 
@@ -213,7 +266,20 @@ class Trainer(loop.Trainer):
     ) -> None:
         super().__init__(model, recipe, device, bf16)
         self.tokenizer = tokenizer
-        clip_digits.attend_by_products(model)
+        clip_digits.attend_by(packed, model)
+
+    def restore(self, path: Path) -> None:
+        """Take up the state that ``save`` wrote, but for the vision tower: it stays the one that the model came with.
+
+        Args:
+            path: the file.
+        """
+        tower = {name: weight.detach().clone() for name, weight in self.named.items() if not weight.requires_grad}
+        super().restore(path)
+        with torch.no_grad():
+            for name, weight in tower.items():
+                self.named[name].copy_(weight)
+                self.average[name].copy_(weight)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """Scenes of a step, and the questions behind them.
@@ -266,9 +332,8 @@ class Trainer(loop.Trainer):
             pixels, ids, target, kinds, turns: as ``batch`` gives them.
         """
         b, before = len(pixels), 1 + TOKENS
-        mask, positions = None, None
-        if not turns:
-            mask, positions = alone(ids.shape[1] // ROOM, self.device)
+        questions = 0 if turns else ids.shape[1] // ROOM
+        mask, positions = alone(questions, self.device) if questions else (None, None)
         # the token before a label predicts it
         target = F.pad(target, (before - 1, 1), value=IGNORED).flatten()  # b n
         used = (target != IGNORED).nonzero()[:, 0]
@@ -276,7 +341,7 @@ class Trainer(loop.Trainer):
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             embeds = inputs(self.model, features(self.model, normalised(pixels)), ids)
             hidden = self.model.model.language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, questions=questions
             ).last_hidden_state
             # index_select, for the gradient of hidden[used] takes seconds on a CPU
             logits = self.model.lm_head(hidden.reshape(b * hidden.shape[1], -1).index_select(0, used)).float()
