@@ -13,7 +13,7 @@ from keeprate.mllm.text import SIGNS, relevance
 from keeprate.reduce import gather_tokens, join
 
 
-@register(kind="pruning", needs=("features", "CLIP text"))
+@register(kind="merging", needs=("features", "CLIP text"))
 @dataclass(frozen=True)
 class TRIM(Adaptive):
     """Keep the patches whose similarity to the question stands out; the mean of all others is one more token.

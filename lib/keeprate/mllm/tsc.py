@@ -10,6 +10,8 @@ from keeprate.mllm.base import MLLMMethod, Visual, dropped
 from keeprate.reduce import Reduction, gather_tokens, join
 from keeprate_kernels import farthest_point
 
+EXACT = "donot_use_mm_for_euclid_dist"  # the fast way loses half of the digits, and with them which centre is nearer
+
 
 @register(kind="merging", needs=("features",), reconstructed=True)
 @dataclass(frozen=True)
@@ -66,17 +68,17 @@ def clusters(x: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None, i
     absent = torch.arange(k, device=x.device) >= count[:, None]  # i k
     labels = None
     for _ in range(iterations):
-        gap = torch.cdist(x, centres).masked_fill(absent[:, None], float("inf"))
+        gap = torch.cdist(x, centres, compute_mode=EXACT).masked_fill(absent[:, None], float("inf"))
         before, labels = labels, _fill_empty(gap, gap.argmin(-1), absent, there)
         member = torch.zeros(i, k, n, device=x.device).scatter(1, labels[:, None], there[:, None].float())
         centres = member @ x / member.sum(-1, keepdim=True).clamp_min(1)
         if before is not None and torch.equal(before, labels):
             break
-    # of every cluster, the first of the members nearest the mean
+    # of every cluster, the first of the members nearest the mean: two alone are equally near, up to rounding
     misfit = torch.linalg.vector_norm(x - gather_tokens(centres, labels), dim=-1).masked_fill(~there, float("inf"))
     least = misfit.new_full((i, k), float("inf")).scatter_reduce(1, labels, misfit, "amin")
     index = torch.arange(n, device=x.device).expand(i, n)
-    nearest = index.masked_fill((misfit > least.gather(1, labels)) | ~there, n)
+    nearest = index.masked_fill((misfit > least.gather(1, labels) * (1 + 1e-3)) | ~there, n)
     found = torch.full((i, k), n, device=x.device).scatter_reduce(1, labels, nearest, "amin")
     return found.gather(1, labels).masked_fill(~there, -1)
 
