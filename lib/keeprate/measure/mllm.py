@@ -288,7 +288,8 @@ def prefill_cost(
     """Time and work of reading the prompt behind the vision encoder, everybody in turns on the same machine.
 
     The encoder's own time is on neither side: it has looked at the images before. What a method computes from the
-    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that.
+    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that; and an
+    encoder that attends in windows (Qwen2.5-VL) looks again every time, on both sides.
 
     Args:
         loaded: Model and processor. The model runs on SDPA.
