@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from keeprate.anatomy import multimodal
 from keeprate.check import whole
 from keeprate.measure.cost import EXTRA, race
-from keeprate.measure.interval import bootstrap
+from keeprate.measure.interval import bootstrap, wilson
 from keeprate.measure.kv import kl
 from keeprate.measure.sight import Sight
 from keeprate.measure.table import ratios, summarise
@@ -228,7 +228,7 @@ def yes_no(samples: pd.DataFrame, task: VQA, by: Sequence[str] = ("method",), co
         samples: Of `answers`.
         task: The questions they answer, each answered by yes or no.
         by: Columns whose combinations get a row each.
-        confidence: Of the bootstrap intervals, resampled over questions.
+        confidence: Of the intervals: Wilson's for the shares accuracy and yes, bootstrap over questions for the rest.
 
     Returns:
         One row per combination: n; accuracy, precision, recall, f1 and yes (share of answers that say yes), each with
@@ -250,10 +250,12 @@ def yes_no(samples: pd.DataFrame, task: VQA, by: Sequence[str] = ("method",), co
     rows = []
     for key, part in samples.groupby(list(by), sort=False, dropna=False):
         said = np.array([words.says_yes(text) for text in part["answer"]])
-        pairs = np.stack([said, truth[part["sample"].to_numpy()]], 1).astype(float)
+        pairs = np.stack([said, truth[part["sample"].to_numpy()]], 1)
+        numbers = {"accuracy": wilson(pairs[:, 0] == pairs[:, 1], confidence)}
+        numbers |= {name: bootstrap(pairs, measure, confidence) for name, measure in _YES_NO.items()}
+        numbers["yes"] = wilson(pairs[:, 0], confidence)
         row = dict(zip(by, key, strict=True)) | {"n": len(part)}
-        for name, measure in _YES_NO.items():
-            number = bootstrap(pairs, measure, confidence)
+        for name, number in numbers.items():
             row |= {name: number.value, f"{name}_low": number.low, f"{name}_high": number.high}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -264,11 +266,9 @@ def _hits(pairs: np.ndarray) -> float:
 
 
 _YES_NO: dict[str, Callable[[np.ndarray], float]] = {  # of pairs (said, true), 1 = yes
-    "accuracy": lambda x: float((x[:, 0] == x[:, 1]).mean()),
     "precision": lambda x: _hits(x) / max(1.0, x[:, 0].sum()),
     "recall": lambda x: _hits(x) / max(1.0, x[:, 1].sum()),
     "f1": lambda x: 2 * _hits(x) / max(1.0, x.sum()),
-    "yes": lambda x: float(x[:, 0].mean()),
 }
 
 
@@ -288,8 +288,8 @@ def prefill_cost(
     """Time and work of reading the prompt behind the vision encoder, everybody in turns on the same machine.
 
     The encoder's own time is on neither side: it has looked at the images before. What a method computes from the
-    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that; and an
-    encoder that attends in windows (Qwen2.5-VL) looks again every time, on both sides.
+    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that; and
+    an encoder that attends in windows (Qwen2.5-VL) looks again every time, on both sides.
 
     Args:
         loaded: Model and processor. The model runs on SDPA.
