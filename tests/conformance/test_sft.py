@@ -167,11 +167,10 @@ def close(a, b, tolerance=1e-6):
         assert abs(a - b) <= tolerance * max(1.0, abs(b)), (a, b)
 
 
-@pytest.fixture(params=["held", "tiles"])
-def head(request, monkeypatch):
-    """Whether the few logits of these batches are held, or made tile by tile as for a large vocabulary."""
-    monkeypatch.setattr(heads, "HELD", heads.HELD if request.param == "held" else 0)
-    return request.param
+@pytest.fixture
+def tiles(monkeypatch):
+    """The few logits of these batches are made tile by tile, as for a large vocabulary, and not held."""
+    monkeypatch.setattr(heads, "HELD", 0)
 
 
 def test_the_tables_know_every_method():
@@ -181,7 +180,7 @@ def test_the_tables_know_every_method():
 
 @pytest.mark.parametrize("checkpoint", DECODERS)
 @pytest.mark.parametrize("name", PLAIN)
-def test_without_its_idea_a_method_is_plain_fine_tuning(zoo, name, checkpoint, head):
+def test_without_its_idea_a_method_is_plain_fine_tuning(zoo, name, checkpoint):
     """Loss and gradients are transformers' own, whatever the denominator; so they are for weights of one."""
     model = zoo(checkpoint)
     for denominator in ("valid", "kept", "weight_sum", "mean_one") if checkpoint == "llama" else ("kept",):
@@ -194,9 +193,7 @@ def test_without_its_idea_a_method_is_plain_fine_tuning(zoo, name, checkpoint, h
 
 
 @pytest.mark.parametrize("case", cases())
-def test_hidden_states_and_logits_give_the_same(zoo, case, head):
-    if head == "tiles" and case.checkpoint not in ("llama", "gemma"):
-        pytest.skip("tiles know no architecture")
+def test_hidden_states_and_logits_give_the_same(zoo, case):
     model = zoo(case.checkpoint)
     inputs, labels, columns = batch(case.method)
     loss = watched(case.method, model, inputs, labels, columns)
@@ -213,12 +210,20 @@ def test_hidden_states_and_logits_give_the_same(zoo, case, head):
     close(gradients(model, loss), gradients(model, plain), 2e-6)
 
 
-@pytest.mark.parametrize("case", cases("llama", "qwen2"))
+@pytest.mark.parametrize("case", cases("llama", "gemma"))
+def test_tiles_and_logits_give_the_same(zoo, case, tiles):
+    test_hidden_states_and_logits_give_the_same(zoo, case)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_tiles_give_plain_fine_tuning(zoo, name, tiles):
+    test_without_its_idea_a_method_is_plain_fine_tuning(zoo, name, "qwen2")
+
+
+@pytest.mark.parametrize("case", cases("llama", "qwen2", without=lambda m: m.name in OWN_GRADIENT | AUXILIARY))
 def test_the_loss_is_the_weighted_sum(zoo, case):
     """sum w l / D with the weights that `weigh` shows, as constants; written out with torch's cross-entropy."""
     method, model = case.method, zoo(case.checkpoint)
-    if method.name in OWN_GRADIENT | AUXILIARY:
-        pytest.skip("its loss has a second term")
     inputs, labels, columns = batch(method, weights=lambda w: w * torch.linspace(0.5, 2, w.shape[1]))
     made = {**inputs, "labels": kr.sft.Labels.of(labels, columns)}
     weight = kr.sft.weigh(method, model, made).weight
