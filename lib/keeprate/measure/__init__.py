@@ -1,6 +1,6 @@
 """Measure: accuracy with intervals, cost (FLOPs, time, memory), and whether a score finds the tokens that matter."""
 
-from keeprate.measure import kv, mllm
+from keeprate.measure import kv, mllm, sft
 from keeprate.measure.accuracy import Evaluation, evaluate
 from keeprate.measure.cost import Speed, flops, flops_estimate, operations, peak_memory, race, speed
 from keeprate.measure.interval import Interval, bootstrap, paired_difference, wilson
@@ -25,6 +25,7 @@ __all__ = [
     "race",
     "recall",
     "recall_at_budget",
+    "sft",
     "speed",
     "wilson",
 ]
