@@ -202,6 +202,27 @@ def test_evaluation_is_the_plain_loss_with_all_logits(llama, data, tmp_path):
     assert bare["eval_loss"] == pytest.approx(float(plain), rel=1e-5), "the method's columns are not needed"
 
 
+def test_a_trainer_that_reads_all_logits_gets_them(llama, data, tmp_path):
+    """As TRL's does, for its metrics; the loss is the same."""
+
+    class Reading(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **more):
+            labels = inputs["labels"]
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+            self.shapes = outputs.logits.shape[:2], labels[..., 1:].shape
+            return (loss, outputs) if return_outputs else loss
+
+    method, runs = kr.sft.Rho1(scope="sequence"), []
+    for logits in (True, False):
+        done = trainer(copy.deepcopy(llama), data, method, tmp_path, steps=3, watch=False)
+        done.add_callback(Watch(method, logits=logits))
+        done.__class__ = Reading
+        done.train()
+        runs.append(done)
+    assert runs[0].shapes[0][1] == runs[0].shapes[1][1] + 1 and runs[1].shapes[0][1] == 1
+    assert np.allclose(curve(runs[0]), curve(runs[1]), rtol=1e-5)
+
+
 def test_a_training_that_failed_leaves_no_trace_on_the_next(llama, data, tmp_path):
     class Fail(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
