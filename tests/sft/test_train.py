@@ -336,3 +336,32 @@ def test_under_autocast_the_loss_is_that_of_the_model(llama, data):
             outputs = llama(**made)
             inside = method(outputs, labels)
     assert float(inside.detach()) == pytest.approx(float(plain.detach()), rel=1e-3)
+
+
+def test_the_trainer_trains_on_packed_rows(llama, data, tmp_path):
+    """Eight sequences in three or four rows: the same loss as in eight."""
+    method, runs = kr.sft.SsToken(), []
+    for pack in (None, 40):
+        done = trainer(copy.deepcopy(llama), data, method, tmp_path, size=8, steps=4)
+        done.data_collator = Collator(pad=0, pack=pack)
+        done.train()
+        runs.append(done)
+    for name in ("loss", "kept", "grad_norm"):
+        assert np.allclose(curve(runs[0], name), curve(runs[1], name), rtol=1e-4), name
+
+
+@pytest.mark.parametrize("method", [kr.sft.SsToken(), kr.sft.Focal()], ids=lambda method: method.name)
+def test_gradient_checkpointing_changes_nothing(llama, data, method):
+    made = Collator(pad=0)(data[:4])
+    labels, found = made.pop("labels"), []
+    llama.train()
+    for checkpointed in (False, True):
+        if checkpointed:
+            getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)()  # before 5.23
+        llama.zero_grad()
+        with method(llama):
+            loss = method(llama(**made, use_cache=False), labels)
+            loss.backward()
+        found.append((float(loss.detach()), [p.grad.clone() for p in llama.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1], strict=True))

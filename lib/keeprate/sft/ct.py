@@ -27,7 +27,7 @@ class CT(SFTMethod):
         weight: Of the contrastive loss.
         denominator: See `SFTMethod`.
 
-    Source: Contrastive token loss (2205.02517), equation 4; a quarter of the sequence and half of that as a window.
+    Source: Contrastive token loss (2205.02517); a quarter of the sequence and half of that as a window.
     """
 
     length: float = 0.25

@@ -17,7 +17,7 @@ class DFT(SFTMethod):
     Args:
         denominator: See `SFTMethod`.
 
-    Source: DFT (2508.05629), equation 9.
+    Source: DFT (2508.05629), the token-level reward rectification.
     """
 
     def weigh(self, t: Tokens) -> torch.Tensor:

@@ -24,7 +24,7 @@ class PDL(SFTMethod):
         frequency: Column with f.
         denominator: See `SFTMethod`; the paper offers the sum of the weights and nothing at all.
 
-    Source: PDL (2505.16900), equation 1.
+    Source: PDL (2505.16900), weight of a token.
     """
 
     alpha: float = 1.0

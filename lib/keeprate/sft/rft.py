@@ -33,7 +33,7 @@ class RFT(SFTMethod):
         original: Column with l_original.
         denominator: See `SFTMethod`.
 
-    Source: SHAD and RFT (2412.14780), equations 3 to 6 as reviewed; the released code was not at hand.
+    Source: SHAD and RFT (2412.14780), from the formulas of the paper; no released code was at hand.
     """
 
     tau: float = 1.0

@@ -24,7 +24,7 @@ class Rho1(Selector):
         scope: See `Selector`; the paper ranks a batch.
         reference: Column with l_ref.
 
-    Source: Rho-1 (2404.07965), equations 3 to 5.
+    Source: Rho-1 (2404.07965), selective language modelling.
     """
 
     scope: str = "batch"

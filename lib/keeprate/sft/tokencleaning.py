@@ -116,7 +116,7 @@ def evolve(
     Raises:
         ValueError: If there are fewer rows than parts.
 
-    Source: Token Cleaning (2502.01968), algorithm 2.
+    Source: Token Cleaning (2502.01968), self-evolving cleaning.
     """
     method = TokenCleaning() if method is None else method
     rows = rows_of(data)
