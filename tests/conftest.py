@@ -1,6 +1,9 @@
 """Shared by all tests: no network, the repository root off sys.path, and a toy project to run notebooks in."""
 
+import json
 import os
+import shutil
+import subprocess
 import sys
 
 # Before anything imports a Hugging Face library, which read these once.
@@ -14,6 +17,7 @@ if not torch.cuda.is_available():
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -61,3 +65,42 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         return path
 
     return add
+
+
+@pytest.fixture
+def paper_run(root: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Runs the paper tier of a notebook, by the project's own executor, in a folder of its own on local files.
+
+    The value takes the notebook's name, the file of data/claims that holds its claims, and the parameters that differ
+    from the tier's. It gives what results.json says and the folder of the run, after checking what holds for every
+    notebook: it ran through on the given model, and every claim it answers for has a verdict.
+    """
+
+    def run(notebook: str, claims: str, **parameters: Any) -> tuple[dict[str, Any], Path]:
+        for folder in ("notebooks", "data"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        for name in (f"notebooks/{notebook}.ipynb", "notebooks/manifest.yaml", "data/papers.yaml"):
+            shutil.copy(root / name, tmp_path / name)
+        for name in ("claims", "models", "expected", "parity"):
+            (tmp_path / "data" / name).symlink_to(root / "data" / name)
+        tier = Path("data/tiers/paper") / f"{notebook}.yaml"
+        given = yaml.safe_load((root / tier).read_text())
+        assert set(parameters) <= set(given), "the paper tier says which model, which data and how many"
+        (tmp_path / tier).parent.mkdir(parents=True)
+        (tmp_path / tier).write_text(yaml.safe_dump(given | parameters))
+        paths = os.pathsep.join(str(root / source) for source in ("lib", "kernels"))
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-m", "keeprate.execute", notebook, "--tier", "paper", "--out", "runs"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder = tmp_path / "runs" / notebook
+        where = folder / json.loads((folder / "paper.json").read_text())["run"]
+        results = json.loads((where / "results.json").read_text())
+        assert results["tier"] == "paper" and results["parameters"]["model"] == parameters["model"]
+        entries = yaml.safe_load((root / "data/claims" / f"{claims}.yaml").read_text())
+        own = [claim["id"] for claim in entries if claim["notebook"] == notebook]
+        assert sorted(claim["id"] for claim in results["claims"]) == sorted(own)
+        assert all(claim["verdict"] for claim in results["claims"])
+        return results, where
+
+    return run

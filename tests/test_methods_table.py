@@ -14,6 +14,7 @@ from keeprate.method import Method, papers, register
 COLUMNS = ["name", "family", "paper", "arxiv", "year", "kind", "needs", "architectures", "reconstructed"]
 # lines of every figure rather than anybody's proposal
 NO_PAPER = {"RandomKV", "OracleKV", "RandomRead", "SFT", "RandomMask"}
+NO_PAPER |= {"RandomVisual", "RandomInside", "UniformGrid", "Pooling", "OracleVisual"}
 TABLE = kr.methods()
 
 

@@ -11,7 +11,12 @@ import pandas as pd
 import keeprate as kr
 from keeprate import ledger, project
 
-FAMILIES = {"vit": "Vision transformers", "kv": "KV cache"}  # in the order of the README
+FAMILIES = {  # in the order of the README
+    "vit": "Vision transformers",
+    "mllm": "Visual tokens in multimodal models",
+    "kv": "KV cache",
+    "sft": "Token-weighted fine-tuning",
+}
 FIGURE = ("10_vit_pruning", "tokens_kept", "docs/vit_kept_tokens.svg")  # notebook, its figure, the copy in the README
 
 

@@ -29,7 +29,8 @@ class BTP(StagedMethod):
         keep: Shares left by the cuts, or what the last one leaves.
         layers: 0-based first layers that see fewer tokens; None = 3, 6, 14 and 22 of 32, scaled to the depth.
         leave: Whether the last of these layers sees no visual token; otherwise it is left out.
-        attention, diversity: Shares of k, one entry a cut.
+        attention: Share of k that attention chooses, one entry a cut.
+        diversity: Share of k that diversity chooses, one entry a cut.
         extra: How many times more candidates than places attention has, one entry a cut.
         spatial: Share of k, at the first cut.
 

@@ -60,7 +60,8 @@ class FiCoCo(InsideMethod):
     Args:
         keep: What the last layer leaves; 14 tokens merged a layer, as published, leave 198 of 576.
         layer: 0-based first layer; None = 5 of 32, scaled to the depth.
-        beta, phi: Weights of the visual terms.
+        beta: Weight of the visual term in the filter.
+        phi: Weight of the visual term in the correlation.
         epsilon: Quantile of a row above which a token is a target; at least one is.
 
     Source: Han et al. 2024 (2411.17686).

@@ -19,6 +19,7 @@ class GAP(Wrapper):
     back.
 
     Args:
+        positions: "keep", which is the method.
         base: The method whose positions are kept; DivPrune when None.
 
     Source: Grounding-Aware Token Pruning (2025).

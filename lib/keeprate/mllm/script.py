@@ -29,7 +29,9 @@ class Script(MLLMMethod):
 
     Args:
         redundant: Share of tokens that the first stage drops, at most down to `keep`.
-        tau, K, gamma: Least cosine of an edge, edges of a well connected token, weight of their mean.
+        tau: Least cosine of an edge.
+        K: Edges of a well connected token.
+        gamma: Weight of the mean cosine of its edges.
         clip: Name of the CLIP model that the vision encoder comes from, for `kr.load`; the questions are then passed as
             text. "" compares with the language model's embeddings of the words.
         sign: -1 takes the tokens least similar to the question as relevant, as the released code does: OpenAI's CLIP

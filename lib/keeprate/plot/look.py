@@ -13,7 +13,7 @@ BANDS = 6  # more lines than this show their intervals as bars, since bands woul
 # seaborn's "colorblind" without its grey (kept for baselines), light pink and yellow (too pale on white)
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 BASELINES = {
     "Random": ("x", (0, (4, 1.5))),
     "Radial": ("+", (0, (1, 1))),
