@@ -25,7 +25,7 @@ BASELINES = {
     "RandomInside": ("1", (0, (4, 1.5, 1, 1.5))),
     "UniformGrid": ("+", (0, (1, 1))),
     "Pooling": ("2", (0, (1, 2.5))),
-    "OracleVisual": ("*", (0, (1, 1))),
+    "OracleVisual": ("*", (0, (2, 2))),
     "SFT": ("", "--"),
     "RandomMask": ("x", (0, (4, 1.5))),
     "Oracle": ("*", (0, (1, 1))),
