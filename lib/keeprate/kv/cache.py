@@ -533,13 +533,14 @@ def _some(part: Part, index: torch.Tensor) -> Part:
     return replace(part, **{name: x.index_select(0, index) for name, x in held.items() if x is not None})
 
 
-def take_over(cache: Any, depth: int, treated: tuple[int, ...]) -> list[KVLayer]:
+def take_over(cache: Any, depth: int, treated: tuple[int, ...], kind: type = KVLayer) -> list[Any]:
     """Put our layers into a cache, in place, so that whoever made it goes on with it.
 
     Args:
         cache: What the model was given as `past_key_values`.
         depth: Number of the model's layers.
         treated: Those whose cache shall be ours.
+        kind: Class of our layers.
 
     Returns:
         Our layers, in the order of `treated`; tokens that were cached before are in them.
@@ -561,10 +562,10 @@ def take_over(cache: Any, depth: int, treated: tuple[int, ...]) -> list[KVLayer]
     ours = []
     for i in treated:
         layer = cache.layers[i]
-        if not isinstance(layer, KVLayer):
+        if not isinstance(layer, kind):
             if type(layer) is not DynamicLayer:
                 raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be shortened")
-            taken = KVLayer()
+            taken = kind()
             if layer.get_seq_length():
                 taken.update(layer.keys, layer.values)
             cache.layers[i] = layer = taken

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from keeprate import select
 from keeprate.anatomy import Multimodal
 from keeprate.attention import AttentionView, Listener, listen
+from keeprate.kv.cache import take_over
 from keeprate.mllm.session import MLLMTrace, alone
 from keeprate.mllm.trimmedllama import TrimmedLlama
 from keeprate.reduce import gather_tokens
@@ -89,7 +90,7 @@ class CrossSession(Listener):
         use_cache = kwargs.get("use_cache")
         if cache is None and (body.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"] = cache = DynamicCache(config=body.config)
-        self.cache = None if cache is None else [self._take_over(cache, i) for i in self.cross]
+        self.cache = None if cache is None else take_over(cache, self.parts.depth, tuple(self.cross), CrossLayer)
         cached = bool(self.cache) and self.cache[0].get_seq_length() > 0
         self.prompt = states is not None
         if self.prompt and cached:
@@ -113,17 +114,6 @@ class CrossSession(Listener):
             if not bool(self.rows.any(1).all()):
                 blind = (~self.rows.any(1)).nonzero().flatten().tolist()
                 raise ValueError(f"samples {blind} of the batch hold no image")
-
-    def _take_over(self, cache: Any, i: int) -> CrossLayer:
-        layer = cache.layers[i]
-        if not isinstance(layer, CrossLayer):
-            if type(layer) is not DynamicLayer:
-                raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which cannot be shortened")
-            ours = CrossLayer()
-            if layer.get_seq_length():
-                ours.update(layer.keys, layer.values)
-            cache.layers[i] = layer = ours
-        return layer
 
     def _hook(self, place: int):
         def enter(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
