@@ -74,15 +74,27 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
 
 
+def positions(mask: torch.Tensor, least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a mask is True, for rows that may hold any number of it, none too.
+
+    Args:
+        mask: [..., n].
+        least: Positions a row gets at least.
+
+    Returns:
+        (positions [..., k], sorted where real, and which of them are: [..., k]); padding holds other unique positions.
+    """
+    most = max(least, int(mask.sum(-1).max()) if mask.numel() else 0)
+    index = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+    return index, mask.gather(-1, index)
+
+
 def ragged(keep: torch.Tensor) -> Kept:
     """Positions of a boolean mask [b, n] whose rows may hold different numbers of True, padded to the most."""
     count = keep.sum(1)
     if (count == 0).any():
         raise ValueError(f"every sample must keep a token; samples {(count == 0).nonzero().flatten().tolist()} do not")
-    most = int(count.max())
-    index = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-    valid = torch.arange(most, device=keep.device) < count[:, None]
-    return Kept(index, None if bool(valid.all()) else valid)
+    return ragged_heads(keep)
 
 
 def rest(kept: torch.Tensor, n: int) -> torch.Tensor:
@@ -146,11 +158,8 @@ def keep_top(
 
 
 def ragged_heads(keep: torch.Tensor) -> Kept:
-    """Slots of a boolean mask [b, g, n] whose heads may hold different numbers of True, padded to the most."""
-    counts = keep.sum(-1)
-    most = int(counts.max())
-    real = torch.arange(most, device=keep.device) < counts[..., None]
-    index = (~keep).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+    """As `ragged`, for a mask [..., n] (of heads, or of samples) whose rows may also hold nothing."""
+    index, real = positions(keep)
     return Kept(index, None if bool(real.all()) else real)
 
 

@@ -10,6 +10,7 @@ from keeprate.check import whole
 from keeprate.method import register
 from keeprate.mllm.base import Inside, InsideMethod, best, check_layers, dropped
 from keeprate.reduce import Reduction, gather_tokens
+from keeprate.select import positions
 
 
 @register(kind="pruning", needs=("keys", "features"))
@@ -77,9 +78,8 @@ def _pivots(
     """Sequence slots [b, p] of the pivots of two masks [b, v] and [b, t], and which of them exist."""
     parts = []
     for mask, at in ((image, slot), (text, text_slot)):
-        most = int(mask.sum(1).max()) if mask.shape[1] else 0
-        index = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-        parts.append((at.gather(1, index), mask.gather(1, index)))
+        index, real = positions(mask)
+        parts.append((at.gather(1, index), real))
     return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
 
 

@@ -415,9 +415,7 @@ class MLLMSession(Listener):
         words = self.is_text.gather(1, self.ids)
         if self.valid is not None:
             present, words = present & self.valid, words & self.valid
-        none = not bool(present.any())
-        kept = select.Kept(self.ids[:, :0]) if none else _ragged(present)
-        text = select.Kept(self.ids[:, :0]) if not bool(words.any()) else _ragged(words)
+        kept, text = select.ragged_heads(present), select.ragged_heads(words)
         self.sequence = x
         return Inside(
             x,
@@ -531,9 +529,7 @@ class MLLMSession(Listener):
         there = self.home >= 0
         size = torch.zeros_like(self.home).scatter_add(1, self.home.clamp_min(0), there.long())  # by number
         rep = size > 0
-        most = max(1, int(rep.sum(1).max()))
-        order = (~rep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-        real = rep.gather(1, order)
+        order, real = select.positions(rep, 1)
         slot = (rep.long().cumsum(1) - 1).gather(1, self.home.clamp_min(0)).masked_fill(~there, -1)
         kept = order.masked_fill(~real, -1)
         self.trace.runs[-1].append(Step(number, kept, size.gather(1, order) * real, slot, scores))
@@ -625,13 +621,6 @@ def _wanted(method: MLLMMethod) -> list[int]:
     budget = method.budget
     entries = budget.schedule or (budget.tokens,)
     return [entry for entry in entries if isinstance(entry, int)]
-
-
-def _ragged(mask: torch.Tensor) -> select.Kept:
-    """As `select.ragged`, for rows that may hold nothing."""
-    index = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, : int(mask.sum(1).max())]
-    valid = mask.gather(1, index)
-    return select.Kept(index, None if bool(valid.all()) else valid)
 
 
 def _gather(embeddings: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

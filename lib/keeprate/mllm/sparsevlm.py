@@ -11,6 +11,7 @@ from keeprate.method import register
 from keeprate.mllm.base import Inside, best, dropped
 from keeprate.mllm.staged import StagedMethod
 from keeprate.reduce import Reduction, gather_tokens, join
+from keeprate.select import positions
 
 
 @register(kind="merging", needs=("attention rows", "features"))
@@ -60,8 +61,8 @@ class SparseVLM(StagedMethod):
         if self.rank is None:
             return super().count(t, scores)
         rater = t.carry("rater") > 0
-        index = (~rater).to(torch.uint8).sort(dim=1, stable=True).indices[:, : int(rater.sum(1).max())]
-        p = t.columns(t.attention.rows(index)).mean(1) * rater.gather(1, index)[..., None]  # b r v
+        index, real = positions(rater)
+        p = t.columns(t.attention.rows(index)).mean(1) * real[..., None]  # b r v
         p = p if t.valid is None else p * t.valid[:, None]
         # padding adds rows and columns of zeros: the threshold is that of the matrix without them
         rtol = torch.maximum(rater.sum(1), t.count) * torch.finfo(p.dtype).eps
@@ -111,8 +112,7 @@ def recycle(
     gone = pruned.sum(1)
     chosen = best(scores, torch.minimum((tau * gone + 1e-6).long() + 1, gone), pruned)
     size = chosen.sum(1)
-    index = (~chosen).to(torch.uint8).sort(dim=1, stable=True).indices[:, : max(1, int(size.max()))]
-    there = chosen.gather(1, index)
+    index, there = positions(chosen, 1)
     clusters = torch.minimum((theta * size + 1e-6).long() + 1, size)
     home = index.gather(1, density_peaks(gather_tokens(x, index), clusters, there))
     own = torch.arange(x.shape[1], device=x.device).expand_as(keep)

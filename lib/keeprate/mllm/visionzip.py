@@ -15,6 +15,7 @@ from keeprate.mllm.base import BeforeMethod, Choice, Visual, best
 from keeprate.mllm.encoder import Encoder
 from keeprate.reduce import flat_positions, gather_tokens, join
 from keeprate.score import similarity
+from keeprate.select import positions
 
 
 @register(kind="merging", needs=("class attention", "keys", "features"))
@@ -124,9 +125,7 @@ def nearest(metric: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | N
     Returns:
         [i, n] positions, -1 = padding, or a row without targets: `reduce.join` takes them.
     """
-    most = max(1, int(targets.sum(1).max()))
-    index = (~targets).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]  # i t
-    real = targets.gather(1, index)
+    index, real = positions(targets, 1)  # i t
     near = similarity(metric, gather_tokens(metric, index)).masked_fill(~real[:, None], float("-inf"))
     # the earliest of equals, which rounding makes unequal: an overview and its only tile hold the same patches twice
     near = (near >= near.amax(-1, keepdim=True) - 1e-6).to(torch.uint8).argmax(-1)
