@@ -49,6 +49,7 @@ class Stage:
         batch: scenes a step.
         questions: behind each scene.
         turns: share of the steps in which questions follow each other as turns.
+        rows: share of the scenes that have digits in a row by design.
     """
 
     steps: int
@@ -56,6 +57,7 @@ class Stage:
     batch: int = 32
     questions: int = 16
     turns: float = 0.0
+    rows: float = 0.5
 
 
 #        presence place where count largest read colour gist
@@ -63,13 +65,15 @@ FIRST = (0.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 ALL = (2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0, 0.5)
 LATE = (1.5, 1.0, 1.0, 2.0, 1.5, 2.5, 3.0, 3.0)  # more of what came last
 COLOUR = (0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 8.0, 0.5)  # still at chance when all others were learned
+READ = (1.0, 1.0, 1.0, 1.0, 1.5, 8.0, 1.0, 0.5)  # the slowest
 RECIPE = loop.Recipe(
     stages=(
         Stage(300, FIRST),
         Stage(400, ALL, turns=0.2),
         Stage(261, LATE, turns=0.2),
         Stage(150, COLOUR),
-        Stage(1039, LATE, turns=0.2),
+        Stage(708, LATE, turns=0.2),
+        Stage(640, READ, turns=0.2, rows=0.8),
     ),
     lr=2e-3,
     warmup=100,
@@ -294,7 +298,7 @@ class Trainer(loop.Trainer):
         stage, _ = self.recipe.stage(step)
         rng = np.random.default_rng([self.recipe.seed, step])
         turns, n, q = rng.random() < stage.turns, stage.batch, stage.questions
-        drawn = scenes.draw(rng, n, "train")
+        drawn = scenes.draw(rng, n, "train", torch.from_numpy(rng.random(n) < stage.rows))
         rows = torch.arange(n).repeat_interleave(q)
         mix = np.array(stage.mix) / sum(stage.mix)
         kind = rng.choice(len(scenes.KINDS), size=n * q, p=mix)
@@ -394,7 +398,7 @@ def right(
     model: nn.Module,
     tokenizer: Any,
     drawn: scenes.Scenes,
-    see: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+    image: Tensor | None = None,
     keep: Callable[[int], Tensor] | None = None,
     compact: bool = False,
     batch: int = 64,
@@ -408,7 +412,7 @@ def right(
         model: in eval mode.
         tokenizer: of the model.
         drawn: the sample.
-        see: what becomes of all pixels uint8 [n, 3, 96, 96] before the model sees them.
+        image: what the language model sees of the images, [n, 144, width]; default as ``features`` has it.
         keep: for b images, the visual tokens that the language model gets, int64 [b, k], ascending.
         compact: whether the tokens that are kept are numbered anew; else they keep their positions.
         batch: questions a pass.
@@ -416,23 +420,23 @@ def right(
     Returns:
         bool [n].
     """
-    pixels, found = see(drawn.pixels), []
+    found = []
     for start in range(0, len(drawn), batch):
         part = slice(start, start + batch)
         rows, replies = encode(tokenizer, drawn.questions[part], drawn.answers[part])
         width = max(map(len, rows))
         ids, target = padded(rows, width, PAD), padded(labels(rows, replies), width, IGNORED)
-        image = features(model, normalised(pixels[part]))
-        b = len(image)
+        seen = features(model, normalised(drawn.pixels[part])) if image is None else image[part]
+        b = len(seen)
         kept = torch.arange(TOKENS).expand(b, -1) if keep is None else keep(b)
-        image = image.gather(1, kept[:, :, None].expand(-1, -1, image.shape[2]))
+        seen = seen.gather(1, kept[:, :, None].expand(-1, -1, seen.shape[2]))
         n = 1 + kept.shape[1] + width
         positions = torch.arange(n).expand(b, -1)
         if not compact:
             zero = torch.zeros(b, 1, dtype=torch.int64)
             positions = torch.cat([zero, 1 + kept, 1 + TOKENS + torch.arange(width).expand(b, -1)], dim=1)
         hidden = model.model.language_model(
-            inputs_embeds=inputs(model, image, ids),
+            inputs_embeds=inputs(model, seen, ids),
             attention_mask=torch.ones(b, n, dtype=torch.int64),  # positions that jump are no second sequence
             position_ids=positions,
             use_cache=False,
@@ -480,13 +484,16 @@ def measure(model: nn.Module, tokenizer: Any, n: int, seed: int) -> dict[str, An
     def some(b: int) -> Tensor:
         return torch.rand(b, TOKENS, generator=chance).argsort(1)[:, :KEEP].sort(1).values
 
+    with torch.inference_mode():
+        image = torch.cat([features(model, normalised(pixels)) for pixels in drawn.pixels.split(64)])
+        black = features(model, normalised(torch.zeros_like(drawn.pixels[:1]))).expand_as(image)
     found = {
-        "dense": right(model, tokenizer, drawn),
+        "dense": right(model, tokenizer, drawn, image),
         "majority_answer": torch.tensor(majority),
-        "black_image": right(model, tokenizer, drawn, torch.zeros_like),
-        "another_image": right(model, tokenizer, drawn, lambda pixels: pixels.roll(len(scenes.KINDS), 0)),
-        "random_16": right(model, tokenizer, drawn, keep=some),
-        "random_16_compact": right(model, tokenizer, drawn, keep=some, compact=True),
+        "black_image": right(model, tokenizer, drawn, black),
+        "another_image": right(model, tokenizer, drawn, image.roll(len(scenes.KINDS), 0)),
+        "random_16": right(model, tokenizer, drawn, image, keep=some),
+        "random_16_compact": right(model, tokenizer, drawn, image, keep=some, compact=True),
     }
     told = {name: shares(hits, drawn.kinds) for name, hits in found.items()}
     floor = ("majority_answer", "black_image", "another_image")
@@ -505,6 +512,18 @@ def measure(model: nn.Module, tokenizer: Any, n: int, seed: int) -> dict[str, An
             "compact: numbered anew",
         },
     }
+
+
+HISTORY = (
+    "The stages were set while the run was under way, after looking at the training log and twice at other "
+    "samples: at step 1144 at 64 questions of each kind with seed=1, at step 1696 at 384 of reading and place "
+    "with seed=1. The recipe names what was done, but for two things. The run was to end at step 2150, so that "
+    "the rate had fallen from 2e-3 at step 1290 to 7e-4 at step 1819; there 640 steps, mostly of reading, took "
+    "the place of the rest, and the rate rose to what the recipe says. And digits of training were bent and "
+    "slanted less before step 659. The run was interrupted and taken up again from its checkpoint three times. "
+    "The sample measured above was looked at once, after training. Reading was to reach 90 % and did not: of the "
+    "digits of new hands the vision tower knows 96 %, and two to four stand in a row."
+)
 
 
 def main() -> None:
@@ -539,7 +558,7 @@ def main() -> None:
         "data": clip_digits.DATA
         | {"vision_tower": f"that of {clip_digits.NAME}, frozen", "prompt": "<image> question"},
     }
-    facts |= measure(model, words, given.n, given.seed)
+    facts |= {"history": HISTORY} | measure(model, words, given.n, given.seed)
     card = loop.publish(model, given.out, RECIPE, trainer, facts, processor(words).save_pretrained)
     if final:
         checkpoint.unlink()
