@@ -43,6 +43,24 @@ VARIANTS: list[tuple[str, dict]] = [
     ("FasterVLM", {"keep": Budget(coverage=0.8)}),
     ("Pooling", {"mode": "max"}),
     ("DivPrune", {"keep": Budget(tokens=1)}),
+    ("SparseVLM", {"tau": 0.0}),
+    ("SparseVLM", {"rank": 1.0}),
+    ("MustDrop", {"similarity": -1.0}),
+    ("MustDrop", {"keep": Budget(threshold=0.03)}),
+    ("FiCoCo", {"epsilon": 0.8}),
+    ("BTP", {"leave": False}),
+    ("CoreMatching", {"keep": kr.mllm.Knee()}),
+    ("DART", {"keep": 3}),
+    ("TransPrune", {"guidance": 0.0}),
+    ("TRIM", {"keep": None}),
+    ("RecoverableCompression", {"keep": None}),
+    ("PruMerge", {"keep": kr.mllm.PruMerge().keep}),
+    ("TSC", {"aggregate": "nearest"}),
+    ("ToDRE", {"objective": "max_min", "tau": 1.0}),
+    ("GreedyPrune", {"tau": 0.3, "layer": 0}),
+    ("Script", {"redundant": 0.0}),
+    ("GAP", {"base": kr.mllm.FastV()}),
+    ("AttentionDebiasing", {"slope": 0.01, "base": kr.mllm.PyramidDrop()}),
 ]
 # what asks a method to keep everything, where it is not keep=1; None = nothing does
 EVERYTHING: dict[str, dict | None] = {}
@@ -508,10 +526,11 @@ def bounds(method: MLLMMethod, step, sample: list, before: int) -> tuple[int, in
 
     Before the language model a budget is each picture's own, line ends apart; inside it is the sample's.
     """
+    method = getattr(method, "base", method)
     total = sum(p.tokens for p in sample)
     views = [(p.tokens - p.ends) // p.views for p in sample for _ in range(p.views)]
-    if isinstance(method.keep, Budget) and method.keep.tokens is None:
-        return 1, before
+    if method.keep is None or (isinstance(method.keep, Budget) and method.keep.tokens is None):
+        return 0, before
     if method.name in COUNTS:
         stage = 0 if step.layer == 0 else method.layers_at(LAYERS).index(step.layer) + 1
         return COUNTS[method.name](method, stage, views, total, before)
@@ -543,9 +562,14 @@ def _ratios(method, stage, views, total, before):
 
 
 def _recycled(method, stage, views, total, before):
-    """SparseVLM: what was cut is clustered into some more tokens, tau * theta of it and at least one."""
+    """SparseVLM: some of what was cut is clustered into a few more tokens; or the rank of attention says how many."""
+    if method.rank is not None:
+        return 1, before
     exact = _ratios(method, stage, views, total, before)[0]
-    return min(exact, before), min(before, exact + max(1, round((before - exact) * method.tau)))
+    if method.tau:
+        recycled = min(int((before - exact) * method.tau) + 1, before - exact)
+        exact += min(int(recycled * method.theta) + 1, recycled)
+    return exact, exact
 
 
 def _with_key_set(method, stage, views, total, before):
@@ -740,8 +764,12 @@ def test_padding_and_neighbours_change_nothing(bench, case):
             answer = generate(model, sample)
         close(run.logits[i, -len(logits) :], logits)
         close(talk.answer.logits[i], answer.logits[0])
-        for together, alone in zip(run.trace.kept, trace.kept, strict=True):
-            assert [t for t in together[i].tolist() if t >= 0] == [t for t in alone[0].tolist() if t >= 0]
+        own = dict(zip(trace.layers, trace.kept, strict=True))
+        whole = torch.arange(int(trace.total[0]))[None]  # what a reduction is to a sample that loses nothing in it
+        for layer, together in zip(run.trace.layers, run.trace.kept, strict=True):
+            assert [t for t in together[i].tolist() if t >= 0] == [
+                t for t in own.get(layer, whole)[0].tolist() if t >= 0
+            ]
 
 
 # --- 5: chance --------------------------------------------------------------------------------------------------------
