@@ -320,8 +320,13 @@ class MLLMSession(Listener):
         begin = text.gather(1, self.real.to(torch.uint8).argmax(1)[:, None])
         begin = begin if shift is None else begin - shift[:, None]
         new = begin + (real.long().cumsum(1) - 1).clamp_min(0)
+        new = new if whole.dim() == 2 else new.expand(len(whole), -1, -1)
         moved = text.gather(1, self.last[:, None])[:, 0] - (begin[:, 0] + real.sum(1) - 1)
-        return (new if whole.dim() == 2 else new.expand(len(whole), -1, -1)), moved
+        # a sample that lost nothing keeps its ids, those of three axes too
+        before = torch.zeros_like(moved) if shift is None else shift
+        lossless = real.sum(1) == self.real.sum(1)
+        old = whole.gather(-1, self.ids.expand(*whole.shape[:-1], -1)) - before[:, None]
+        return torch.where(lossless[:, None], old, new), torch.where(lossless, before, moved)
 
     # --- reductions ---------------------------------------------------------------------------------------------------
 
