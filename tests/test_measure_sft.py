@@ -131,6 +131,13 @@ def test_gains_are_shares_of_what_the_oracle_gains():
         measure.compare(gained, "Rho1")
 
 
+def test_nothing_is_gained_where_the_oracle_gains_nothing():
+    flat = CURVES.assign(score=CURVES.score.where(CURVES.method != "Oracle", 0.3))  # as SFT on average
+    gained = measure.gains(flat[flat.kind == "arithmetic"])
+    assert (gained.gain == 0).all() and len(gained) == 6
+    assert measure.compare(gained, "DFT").value == 0.0
+
+
 def test_intervals_over_seeds_are_students():
     values = [0.1, 0.4, 0.2, 0.6, 0.3]
     found = measure.over_seeds(values)
@@ -155,3 +162,27 @@ def test_recipes_with_other_numbers():
     assert measure.recipe("org/name", lr=2e-5).lr == 2e-5
     with pytest.raises(ValueError, match="kind must be one of"):
         measure.Material(torch.nn.Identity(), None, "org/name")
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(loaded, monkeypatch, tmp_path):
+    recipes = {"documents": finetune.Recipe(lr=1e-3, steps=2, warmup=1, batch=4, rows=8)}
+    methods = {"SFT": sft.SFT(), "DFT": sft.DFT()}
+    done, usual = [], measure.run
+
+    def run(material, name, *rest):
+        if len(done) == 1 and name == "DFT":
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        done.append(name)
+        return usual(material, name, *rest)
+
+    def study(kept):
+        return measure.study(loaded.model, loaded.processor, {"documents": methods}, [0], recipes, 4, 1, kept=kept)
+
+    monkeypatch.setattr(measure, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path / "kept")
+    curves = study(tmp_path / "kept")
+    assert done == ["SFT", "interrupted", "DFT"] and not (tmp_path / "kept").exists()
+    whole = study(None)
+    pd.testing.assert_frame_equal(curves.drop(columns="seconds"), whole.drop(columns="seconds"), check_like=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from keeprate.tasks import finetune
 SFT, ORACLE, EVOLVING = "SFT", "Oracle", "TokenCleaning(evolving)"
 REFERENCE_ROWS = 256  # rows without noise for the reference model, an eighth of the recipe's
 SHUFFLED_SHARE = 0.05  # of the rows whose outputs are exchanged for SHAD; 1 % of so few rows would be twenty
-PROBE_ROWS = 48  # training rows on which a method's scores are held against the truth
+PROBE_ROWS = 32  # training rows on which a method's scores are held against the truth
 ANNOTATED_ROWS = 128  # rows whose groups TokenFilter's classifier is fitted on
 
 
@@ -132,6 +135,11 @@ class Material:
         )
         return model, told
 
+    @cached_property
+    def begin(self) -> dict[str, float]:
+        """`evaluate` before anything is trained."""
+        return self.evaluate(self.model)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Score on the test split, and nats a token of what was to be learned."""
         found = finetune.evaluate(model, self.tokenizer, self.test)
@@ -152,7 +160,7 @@ class Material:
             "frequency": sft.frequency,
             "key": lambda rows: _with(rows, key=self._keys),
             "forget": lambda rows: _with(rows, forget=self._forget),
-            "kept": method.prepare if isinstance(method, sft.TokenCleaning) else lambda rows: rows,
+            "kept": lambda rows: method.prepare(self._referenced.join(self.base.join(rows, "base"), "reference")),
         }
         rows = self.rows
         for name in method.needed:
@@ -271,8 +279,10 @@ def run(material: Material, name: str, method: sft.SFTMethod, points: int = 3) -
     probe = rows[:PROBE_ROWS]
     begin = time.perf_counter()
 
+    first = iter([material.begin])
+
     def evaluate(model: nn.Module) -> dict[str, float]:
-        found = material.evaluate(model)
+        found = next(first, None) or material.evaluate(model)  # before training all methods have the same score
         return found if name in (ORACLE, EVOLVING) else found | {"auroc": separation(method, model, probe)}
 
     if name == EVOLVING:
@@ -324,6 +334,7 @@ def study(
     tested: int = 128,
     points: int = 3,
     noise: float | None = None,
+    kept: Path | None = None,
 ) -> pd.DataFrame:
     """Train every method on every task with every seed.
 
@@ -336,18 +347,31 @@ def study(
         tested: rows of the test split.
         points: measurements a run.
         noise: as in `finetune.sample`.
+        kept: folder in which every finished run is written down, so that a study that was interrupted goes on where it
+            stopped; removed at the end. It knows settings, not code: delete it after a change.
 
     Returns:
         The rows of `run`, one under the other.
     """
+    from keeprate.project import write_text  # which needs pydantic, not installed where only training happens
+
     todo = [(kind, int(seed)) for kind in kinds for seed in seeds]
     found = []
     with tqdm(total=sum(len(kinds[kind]) for kind, _ in todo), desc="runs") as bar:
         for kind, seed in todo:
             material = Material(model, tokenizer, kind, seed, (recipes or {}).get(kind), tested, noise)
             for name, method in kinds[kind].items():
-                found.append(run(material, name, method, points)[1])
+                told = repr((kind, seed, name, method, material.recipe, tested, points, noise))
+                path = kept and kept / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.csv"
+                if path and path.is_file():
+                    found.append(pd.read_csv(path))
+                else:
+                    found.append(run(material, name, method, points)[1])
+                    if path:
+                        write_text(path, found[-1].to_csv(index=False))
                 bar.update()
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
     return pd.concat(found, ignore_index=True)
 
 
@@ -382,13 +406,15 @@ def gains(curves: pd.DataFrame) -> pd.DataFrame:
         curves: of `study`, with `SFT` and `ORACLE` in every task.
 
     Returns:
-        Task by task, seed by seed: kind, seed, method, score, gain: 0 = as plain fine-tuning, 1 = as the oracle.
+        Task by task, seed by seed: kind, seed, method, score, gain: 0 = as plain fine-tuning, 1 = as the oracle; all 0
+        where the oracle gains nothing.
     """
     last = final(curves)
     wide = last.pivot_table("score", ["kind", "seed"], "method", sort=False)
     gap = (wide[ORACLE] - wide[SFT]).groupby("kind").mean()
     # positive where better: the oracle's own gain sets the sign
-    share = wide.sub(wide[SFT], axis=0).div(wide.index.get_level_values("kind").map(gap), axis=0)
+    unit = pd.Series(wide.index.get_level_values("kind").map(gap), wide.index)
+    share = wide.sub(wide[SFT], axis=0).div(unit.where(unit.abs() > 1e-9, np.inf), axis=0)
     long = share.stack().rename("gain").reset_index()
     return long.merge(last[["kind", "seed", "method", "score"]], on=["kind", "seed", "method"])
 
