@@ -10,8 +10,6 @@ from keeprate.mllm.base import MLLMMethod, Visual, dropped
 from keeprate.reduce import Reduction, gather_tokens, join
 from keeprate_kernels import farthest_point
 
-EXACT = "donot_use_mm_for_euclid_dist"  # the fast way loses half of the digits, and with them which centre is nearer
-
 
 @register(kind="merging", needs=("features",), reconstructed=True)
 @dataclass(frozen=True)
@@ -67,8 +65,13 @@ def clusters(x: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None, i
     centres = gather_tokens(x, farthest_point(x, k, metric="euclidean", valid=valid)[0])
     absent = torch.arange(k, device=x.device) >= count[:, None]  # i k
     labels = None
+    # squares and products lose half of the digits, and with them which centre is nearer: so fp64
+    exact = x.double()
+    square = exact.square().sum(-1, keepdim=True)
     for _ in range(iterations):
-        gap = torch.cdist(x, centres, compute_mode=EXACT).masked_fill(absent[:, None], float("inf"))
+        c = centres.double()
+        gap = torch.baddbmm(square + c.square().sum(-1)[:, None], exact, c.mT, alpha=-2)  # i n k, squared distances
+        gap = gap.masked_fill(absent[:, None], float("inf"))
         before, labels = labels, _fill_empty(gap, gap.argmin(-1), absent, there)
         member = torch.zeros(i, k, n, device=x.device).scatter(1, labels[:, None], there[:, None].float())
         centres = member @ x / member.sum(-1, keepdim=True).clamp_min(1)
