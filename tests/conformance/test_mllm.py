@@ -534,7 +534,8 @@ def bounds(method: MLLMMethod, step, sample: list, before: int) -> tuple[int, in
     if method.name in COUNTS:
         stage = 0 if step.layer == 0 else method.layers_at(LAYERS).index(step.layer) + 1
         return COUNTS[method.name](method, stage, views, total, before)
-    exact = share(method.keep, total) if step.layer else sum(share(method.keep, n) for n in views)
+    inside = step.layer in method.layers_at(LAYERS)
+    exact = share(method.keep, total) if inside else sum(share(method.keep, n) for n in views)
     return exact, exact
 
 
