@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from keeprate.mllm.session import MLLMTrace
 
 POSITIONS = ("keep", "compact")
+NO_QUESTION = "a text-guided method needs a question, but a prompt holds no text beside its image"
 IN_SEQUENCE = tuple(row.name for row in MULTIMODAL.values() if not row.cross)  # the image is a part of the sequence
 
 
@@ -132,7 +133,7 @@ class Visual:
         """
         there = torch.ones(self.text.shape[:2], dtype=torch.bool) if self.text_valid is None else self.text_valid
         if self.text.shape[1] == 0 or not bool(there.any(1).all()):
-            raise ValueError("a text-guided method needs a question, but a prompt holds no text beside its image")
+            raise ValueError(NO_QUESTION)
         return self.text, self.text_valid
 
     def asked(self) -> list[str]:

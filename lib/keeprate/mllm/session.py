@@ -22,7 +22,7 @@ from keeprate.anatomy import DECODER_BLOCK, Multimodal
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.kv.cache import take_over
 from keeprate.kv.rope import turn
-from keeprate.mllm.base import Choice, Inside, MLLMMethod, Visual, dropped
+from keeprate.mllm.base import NO_QUESTION, Choice, Inside, MLLMMethod, Visual, dropped
 from keeprate.mllm.encoder import around
 from keeprate.reduce import Reduction, gather_tokens
 from keeprate.trace import Step, Trace
@@ -191,6 +191,8 @@ class MLLMSession(Listener):
         words = real & ~visual
         behind = words & (self.rank >= 0)
         self.is_text = torch.where(behind.any(1, keepdim=True), behind, words & (words.long().cumsum(1) > 1))
+        if self.method.text_guided and not bool(self.is_text.any(1).all()):
+            raise ValueError(NO_QUESTION)
         self.last = n - 1 - real.flip(1).to(torch.uint8).argmax(1)  # b
         width = int(counts.max())
         number = torch.arange(width, device=x.device).expand(b, -1)
@@ -398,8 +400,6 @@ class MLLMSession(Listener):
 
     def _apply_before(self, x: torch.Tensor) -> torch.Tensor:
         visual, row, slot = self._visual(x)
-        if self.method.text_guided:
-            visual.question()
         began = time.perf_counter()
         choice = self.method.before(visual)
         if isinstance(choice, torch.Tensor):
