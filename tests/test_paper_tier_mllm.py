@@ -75,6 +75,12 @@ def save_questions(folder: Path, n: int = 12) -> None:
             {"accuracy", "budgets", "questions", "cost", "claims"},
             {"found", "salience"},
         ),
+        (
+            "21_mllm_inside_llm",
+            {"n": 6, "means": [0.4, 0.7], "batch_size": 3, "repeats": 1},
+            {"scores_by_layer", "sweep", "overlays", "leaving", "cost", "claims"},
+            set(),
+        ),
     ],
 )
 def test_paper_tier_runs_on_any_model_and_data(
