@@ -49,7 +49,7 @@ class Recipe:
 
 
 # The shortest found in which plain SFT learns (documents: only from rows without noise) and the true mask clearly beats
-# it: 3 to 5 s of one CPU thread. Measured scores of llama-docs-draft, means over seeds 0 to 4, 128 test rows, 2026-11-21
+# it: 3 to 5 s of one CPU thread. Scores of llama-docs-draft, means over seeds 0 to 4, 128 test rows, 2026-11-21
 # (share right; numbers: absolute error, documents: nats a token):
 #               before    SFT   true mask   SFT on rows without noise
 #   arithmetic   0.00    0.31     0.86        0.94
