@@ -556,7 +556,7 @@ def test_clip_similarity_points_at_what_the_question_needs(vlm, asked):
     for method in (kr.mllm.TRIM, kr.mllm.Script, kr.mllm.RecoverableCompression):
         found = {}
         for words in (sample.questions, sample.questions[1:] + sample.questions[:1]):
-            with method(keep=24, clip="clip-digits")(vlm.model, text=list(words)) as trace:
+            with method(keep=12, clip="clip-digits")(vlm.model, text=list(words)) as trace:
                 vlm.model(**inputs)
             mask = trace.mask(len(trace.steps) - 1)
             hits = [mask[i][t].float().mean() for i, t in enumerate(sample.truth) if sample.local[i] and t.any()]
