@@ -46,7 +46,7 @@ class Trace:
         """Steps of all forward passes joined along the batch; what is narrower is padded with -1, 0 or NaN."""
         if not self.runs:
             return []
-        return [_join(same) for same in zip(*self.runs, strict=True)]
+        return [join_steps(same) for same in zip(*self.runs, strict=True)]
 
     @property
     def layers(self) -> list[int]:
@@ -88,7 +88,8 @@ class Trace:
         return mask.scatter(1, kept + 1, True)[:, 1:]  # -1 lands in column 0
 
 
-def _join(steps: tuple[Step, ...]) -> Step:
+def join_steps(steps: tuple[Step, ...]) -> Step:
+    """The same reduction of several forward passes, one batch behind the other."""
     if len(steps) == 1:
         return steps[0]
 

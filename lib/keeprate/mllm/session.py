@@ -25,7 +25,7 @@ from keeprate.kv.rope import turn
 from keeprate.mllm.base import NO_QUESTION, Choice, Inside, MLLMMethod, Visual, dropped
 from keeprate.mllm.encoder import around
 from keeprate.reduce import Reduction, gather_tokens
-from keeprate.trace import Step, Trace
+from keeprate.trace import Step, Trace, join_steps
 
 
 @dataclass
@@ -46,6 +46,24 @@ class MLLMTrace(Trace):
     places: torch.Tensor | None = None
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def layers(self) -> list[int]:
+        """Layers at which some forward pass was shortened."""
+        return sorted({step.layer for run in self.runs for step in run})
+
+    @property
+    def steps(self) -> list[Step]:
+        """Steps of all forward passes joined along the batch; one that was left alone at a layer stays as it was."""
+        runs, begin = [], 0
+        for run, batch in zip(self.runs, self.batches, strict=True):
+            here = {step.layer: step for step in run}
+            states = [_untouched(self.total[begin : begin + batch])]
+            for layer in self.layers:
+                states.append(here.get(layer) or replace(states[-1], layer=layer, score=None))
+            runs.append(states[1:])
+            begin += batch
+        return [join_steps(same) for same in zip(*runs, strict=True)]
+
     def counts(self) -> torch.Tensor:
         """[b, depth] visual tokens that every decoder layer processes."""
         counts = self.total[:, None].repeat(1, self.depth)
@@ -57,6 +75,14 @@ class MLLMTrace(Trace):
     def mean_tokens(self) -> float:
         """Visual tokens a layer, mean over layers and samples: the budget that placements are compared at."""
         return self.counts().float().mean().item()
+
+
+def _untouched(total: torch.Tensor) -> Step:
+    """A step that leaves samples with `total` [b] visual tokens as they are."""
+    number = torch.arange(int(total.max()), device=total.device).expand(len(total), -1)
+    there = number < total[:, None]
+    kept = number.masked_fill(~there, -1)
+    return Step(0, kept, there.long(), kept)
 
 
 _active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -198,15 +224,15 @@ class MLLMSession(Listener):
         number = torch.arange(width, device=x.device).expand(b, -1)
         there = number < counts[:, None]
         self.home = number.masked_fill(~there, -1)  # the visual token that stands for each one now, -1 = dropped
-        trace = self.trace
-        trace.runs.append([])
-        trace.batches.append(b)
-        trace.total = counts if trace.total is None else torch.cat([trace.total, counts])
         for count in _wanted(self.method):
             if count > int(counts.min()):
                 raise ValueError(
                     f"{self.method.name} cannot keep {count} tokens: a sample has {int(counts.min())} visual ones"
                 )
+        trace = self.trace
+        trace.runs.append([])
+        trace.batches.append(b)
+        trace.total = counts if trace.total is None else torch.cat([trace.total, counts])
 
     def _after(self, body: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.prompt:
@@ -241,10 +267,7 @@ class MLLMSession(Listener):
             held = held if layer.valid is None else held & layer.valid
             if not bool(held.all()):
                 kept = select.ragged_heads(held)
-                shift = layer.extra.get("shift")
                 layer.keep(kept.index, kept.valid)
-                if shift is not None:
-                    layer.extra["shift"] = shift
 
     # --- in front of a layer ------------------------------------------------------------------------------------------
 
@@ -253,7 +276,6 @@ class MLLMSession(Listener):
             x = args[0] if args else kwargs["hidden_states"]
             if number == 0:
                 self.full, self.text_positions = kwargs["position_embeddings"], kwargs.get("position_ids")
-            self.here = number
             if self.prompt and number in self.watched:
                 self.method.observe(self._step(number, x))
             if self.prompt and number == 0:

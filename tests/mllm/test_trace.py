@@ -1,0 +1,40 @@
+"""What a trace says of several forward passes in one block."""
+
+import torch
+
+import keeprate as kr
+
+
+@torch.no_grad()
+def test_passes_that_were_left_alone_stand_beside_shortened_ones():
+    vlm = kr.load("llava-digits")
+    asked = kr.vqa("scenes", n=3, seed=0)
+    first, second = (part.to(vlm.model) for part in asked.batches(vlm, 2))
+
+    class Sometimes(kr.mllm.RandomVisual):
+        """Leaves single prompts alone."""
+
+        def before(self, t):
+            return super().before(t) if len(t.x) > 1 else None
+
+    with Sometimes(keep=0.25)(vlm.model) as trace:
+        vlm.model(**first)
+        vlm.model(**second)
+    assert trace.layers == [0] and trace.counts()[:, 0].tolist() == [36, 36, 144]
+    assert trace.kept[0].shape == (3, 144) and (trace.kept[0] >= 0).sum(1).tolist() == [36, 36, 144]
+    assert trace.mask().sum(1).tolist() == [36, 36, 144]
+    assert trace.scores[0][:2].isfinite().all() and trace.scores[0][2].isnan().all()
+
+
+@torch.no_grad()
+def test_a_prompt_that_was_refused_leaves_no_trace():
+    vlm = kr.load("llava-digits")
+    inputs = next(kr.vqa("scenes", n=2, seed=0).batches(vlm)).to(vlm.model)
+    with kr.mllm.DivPrune(keep=145)(vlm.model) as trace:
+        try:
+            vlm.model(**inputs)
+        except ValueError as error:
+            assert "145" in str(error) and "144" in str(error)
+        else:
+            raise AssertionError("more tokens than there are were asked for")
+    assert trace.runs == [] and trace.steps == []
