@@ -338,6 +338,21 @@ class Multimodal:
         """Whether the tower has a class token."""
         return self.prefix > 0
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the tower attends in windows, to all images in one sequence whose order it changes (Qwen)."""
+        return hasattr(self.tower, "permute_input_for_window_attn")
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether neighbouring patches are stacked into one token before the projector (InternVL)."""
+        return hasattr(self.inner, "pixel_shuffle")
+
+    @property
+    def axes(self) -> int:
+        """Axes of the position ids: 3 with multimodal rotary embeddings."""
+        return 3 if hasattr(self.inner, "get_rope_index") else 1
+
 
 def multimodal(model: nn.Module) -> Multimodal:
     """The multimodal model inside a model, with its parts.

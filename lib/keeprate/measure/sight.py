@@ -56,7 +56,7 @@ class Sight(Listener):
 
     def __init__(self, model: nn.Module, memory: bool = True):
         self.model, self.parts, self.memory = model, multimodal(model), memory
-        self.works = not hasattr(self.parts.tower, "permute_input_for_window_attn")  # their order is learned from a run
+        self.works = not self.parts.windowed  # their order is learned from a run
         self.seen: list[_Seen] = []
         self.looked = 0
         self._views: list[tuple[nn.Module, AttentionView]] = []

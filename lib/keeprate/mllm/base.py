@@ -431,7 +431,7 @@ class MLLMMethod(Method):
 
     def policy_on(self, parts: Multimodal) -> str:
         """Position policy on a model."""
-        return self.positions or ("keep" if parts.name == "qwen2_5_vl" else self.policy)
+        return self.positions or ("keep" if parts.axes > 1 else self.policy)
 
     def __call__(
         self, model: nn.Module, *, seed: int = 0, masked: bool = False, text: list[str] | None = None

@@ -55,7 +55,7 @@ class Encoder(Listener):
             if hasattr(inner, "pack_image_features"):
                 self.pack = inner.pack_image_features
                 stack.enter_context(around(inner, "pack_image_features", self._pack))
-            if hasattr(tower, "permute_input_for_window_attn"):
+            if self.parts.windowed:
                 stack.enter_context(around(tower, "permute_input_for_window_attn", self._permute))
             stack.callback(self.parts.projector.register_forward_pre_hook(self._project).remove)
             stack.enter_context(listen(model, self, list(self.number)))
@@ -95,9 +95,9 @@ class Encoder(Listener):
     def group(self) -> int:
         """Patches that make one visual token."""
         config = self.parts.inner.config
-        if self.parts.name == "qwen2_5_vl":
+        if self.parts.windowed:
             return self.parts.tower.spatial_merge_unit
-        return round(config.downsample_ratio**-2) if self.parts.name == "internvl" else 1
+        return round(config.downsample_ratio**-2) if self.parts.shuffled else 1
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Bring numbers of patches [views, patches, c] into the order of visual tokens: [tokens, c], NaN = line end.
@@ -109,12 +109,12 @@ class Encoder(Listener):
             packed["image_features"] = torch.split(x, [len(views) for views in packed["image_features"]])
             packed["image_newline"] = x.new_full((x.shape[-1],), float("nan"))
             return torch.cat(self.pack(**packed)[0])
-        if self.parts.name == "internvl":
+        if self.parts.shuffled:
             side = round(x.shape[1] ** 0.5)
             ratio = self.parts.inner.config.downsample_ratio
             groups = self.parts.inner.pixel_shuffle(x.unflatten(1, (side, side)).contiguous(), scale_factor=ratio)
             return groups.flatten(0, 2).unflatten(-1, (self.group, -1)).mean(-2)
-        if self.parts.name == "qwen2_5_vl":
+        if self.parts.windowed:
             return self._unwindow(x.flatten(0, 1).unflatten(0, (-1, self.group)).mean(1))
         return x.flatten(0, 1)
 
@@ -130,7 +130,7 @@ class Encoder(Listener):
     def places(self) -> torch.Tensor:
         """[tokens, 3] view (0 = the whole image), row and column of every token in it; -1 = line end."""
         device = self._input.device
-        if self.parts.name == "qwen2_5_vl":
+        if self.parts.windowed:
             side = round(self.group**0.5)
             grids = (self._given["image_grid_thw"] // torch.tensor([1, side, side], device=device)).tolist()
             return torch.cat([_raster(*grid, device) for grid in grids])
@@ -146,13 +146,13 @@ class Encoder(Listener):
     def features(self) -> torch.Tensor:
         """[tokens, c] what the projector turns into visual tokens; zero at line ends."""
         x = self._input
-        if self.parts.name == "qwen2_5_vl":
+        if self.parts.windowed:
             return self._unwindow(x.unflatten(0, (-1, self.group)).flatten(1))
-        return x.flatten(0, 1) if self.parts.name == "internvl" else self.tokens(x).nan_to_num(0.0)
+        return x.flatten(0, 1) if self.parts.shuffled else self.tokens(x).nan_to_num(0.0)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Send [..., c] features through the projector: [..., d]."""
-        if self.parts.name == "qwen2_5_vl":
+        if self.parts.windowed:
             flat = features.unflatten(-1, (self.group, -1)).flatten(0, -2)
             return self.parts.projector(flat).view(*features.shape[:-1], -1)
         return self.parts.projector(features)

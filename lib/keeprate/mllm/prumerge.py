@@ -9,6 +9,7 @@ from keeprate.budget import Budget
 from keeprate.check import whole
 from keeprate.method import register
 from keeprate.mllm.base import BeforeMethod, Choice, Visual, best
+from keeprate.mllm.scores import quartiles
 from keeprate.reduce import gather_tokens, join
 from keeprate.score import similarity
 
@@ -51,7 +52,7 @@ class PruMerge(BeforeMethod):
     def score(self, t: Visual) -> torch.Tensor:
         a = t.one_head(-1).float()
         q1, q3 = quartiles(a, t.valid)
-        return (a - q3[:, None]) / (q3 - q1).clamp_min(1e-12)[:, None]
+        return (a - q3) / (q3 - q1).clamp_min(1e-12)
 
     def choose(self, t: Visual, scores: torch.Tensor) -> Choice:
         a = t.one_head(-1).float()
@@ -85,14 +86,6 @@ class PruMerge(BeforeMethod):
             return best(scores, count, t.valid)
         keep = best(scores, (count // 4).clamp_min(1), t.valid)
         return keep | evenly(there & ~keep, count - keep.sum(1))
-
-
-def quartiles(x: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and third quartile of every row, interpolated as numpy does: [i, n] -> [i], [i]."""
-    if valid is not None:
-        x = x.masked_fill(~valid, float("nan"))
-    q1, q3 = x.nanquantile(torch.tensor([0.25, 0.75], device=x.device), dim=1)
-    return q1, q3
 
 
 def evenly(among: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -18,14 +18,21 @@ def unit_range(scores: torch.Tensor, valid: torch.Tensor | None = None) -> torch
     return torch.where(span > 0, (scores - low) / span.clamp_min(1e-12), 1.0).masked_fill(~there, 0.0)
 
 
+def quartiles(scores: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and third quartile of every image's scores, interpolated as numpy does: [i, n] -> [i, 1], [i, 1]."""
+    scores = scores.float() if valid is None else scores.float().masked_fill(~valid, float("nan"))
+    low, high = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device), dim=1, keepdim=True)
+    return low, high
+
+
 def above_fence(scores: torch.Tensor, valid: torch.Tensor | None = None, reach: float = 1.5) -> torch.Tensor:
     """How many of an image's scores exceed the third quartile by `reach` interquartile ranges: [i, n] -> [i].
 
     Source: the interquartile rule by which LLaVA-PruMerge and TRIM find their number of tokens.
     """
-    scores = scores.float() if valid is None else scores.float().masked_fill(~valid, float("nan"))
-    low, high = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device), dim=1, keepdim=True)
-    return (scores > high + reach * (high - low)).sum(1)  # nothing compares with NaN
+    low, high = quartiles(scores, valid)
+    above = scores.float() > high + reach * (high - low)
+    return (above if valid is None else above & valid).sum(1)
 
 
 def local_outliers(

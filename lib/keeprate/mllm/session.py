@@ -473,15 +473,13 @@ class MLLMSession(Listener):
         if choice is None:
             return x
         if isinstance(choice, torch.Tensor):
-            if not bool(choice.any(1).all()):  # a sample without any visual token is no `Reduction`
-                return self._leave(number, x, choice, step)
-            choice = dropped(choice)
+            return self._leave(number, x, choice, step)
         values = choice(step.x) if choice.slot is not None else None
         row = torch.arange(len(x), device=x.device)
         return self._apply(number, x, choice, values, step.valid, row, step.slot)
 
     def _leave(self, number: int, x: torch.Tensor, keep: torch.Tensor, step: Inside) -> torch.Tensor:
-        """Keep the visual tokens of a mask [b, v], of some samples none."""
+        """Keep the visual tokens of a mask [b, v], of some samples perhaps none."""
         stays = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         there = torch.ones_like(keep) if step.valid is None else step.valid
         gone = there & ~keep

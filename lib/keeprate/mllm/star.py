@@ -8,7 +8,7 @@ import torch
 from keeprate.anatomy import Multimodal
 from keeprate.method import register
 from keeprate.mllm.base import Inside, Visual, best, dropped
-from keeprate.mllm.vscan import TwoStages
+from keeprate.mllm.staged import TwoStages
 from keeprate.reduce import Reduction
 
 

@@ -15,7 +15,7 @@ The last makes a text embedding comparable with patch embeddings, which methods 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -396,11 +396,6 @@ class Trainer(loop.Trainer):
         way = torch.from_numpy(rng.integers(self.ways.shape[1], size=len(self.ways)))
         short = self.ways[torch.arange(len(way)), way]
         return drawn.pixels, drawn.classes, drawn.cells, drawn.colours, drawn.patches, drawn.background, caption, short
-
-    def batches(self, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """Batches from a step on."""
-        for step in range(start, self.recipe.steps):
-            yield self.batch(step)
 
     def loss(
         self,

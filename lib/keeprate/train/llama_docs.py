@@ -8,7 +8,7 @@ tokens, then asks for many facts in short contexts, and lengthens the contexts w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,11 +270,6 @@ class Trainer(loop.Trainer):
                 parts.append(asked(self.tokenizer, rng, kind, int(n), stage.length, stage.facts))
         ids, roles = zip(*parts, strict=True)
         return torch.cat(ids), torch.cat(roles)
-
-    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from a step on."""
-        for step in range(start, self.recipe.steps):
-            yield self.batch(step)
 
     def loss(self, ids: Tensor, role: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         """Mean cross-entropy of text plus that of answers; for the log the former, and how many answers are right.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -321,11 +321,6 @@ class Trainer(loop.Trainer):
             padded(part, width, value).view(n, -1) for part, value in ((ids, PAD), (target, IGNORED), (kinds, 0))
         )
         return drawn.pixels, ids, target, kinds, torch.tensor(turns)
-
-    def batches(self, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """Batches from a step on."""
-        for step in range(start, self.recipe.steps):
-            yield self.batch(step)
 
     def loss(
         self, pixels: Tensor, ids: Tensor, target: Tensor, kinds: Tensor, turns: Tensor

@@ -109,6 +109,10 @@ class Trainer:
 
     def batches(self, start: int) -> Iterable[Sequence[Tensor]]:
         """Training batches from a step on; a step's batch depends on seed and step alone."""
+        return (self.batch(step) for step in range(start, self.recipe.steps))
+
+    def batch(self, step: int) -> Sequence[Tensor]:
+        """The batch of a step, 0 .. steps - 1."""
         raise NotImplementedError
 
     def loss(self, *batch: Tensor) -> tuple[Tensor, Sequence[float]]:
