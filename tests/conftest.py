@@ -104,3 +104,31 @@ def paper_run(root: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any],
         return results, where
 
     return run
+
+
+@pytest.fixture
+def tiny_llama(root: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """Writes a Llama as on the hub, but tiny and untrained, with grouped queries and somebody's tokenizer, to disk."""
+
+    def save(layers: int) -> Path:
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        tokenizer = AutoTokenizer.from_pretrained(root / "data" / "models" / "llama-docs")
+        torch.manual_seed(0)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+            **special,
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+        tokenizer.save_pretrained(tmp_path / "llama")
+        return tmp_path / "llama"
+
+    return save

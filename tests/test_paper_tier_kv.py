@@ -6,29 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-
-def save_model(root: Path, folder: Path) -> None:
-    """A Llama as on the hub, but tiny and untrained, with grouped queries and somebody's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "models" / "llama-docs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def save_rows(path: Path, size: int, n: int = 6) -> None:
@@ -68,10 +45,9 @@ def save_rows(path: Path, size: int, n: int = 6) -> None:
     ],
 )
 def test_paper_tier_runs_on_any_model_and_data(
-    notebook: str, size: int, small: dict, pictures: set, paper_run: Callable, root: Path, tmp_path: Path
+    notebook: str, size: int, small: dict, pictures: set, paper_run: Callable, tiny_llama: Callable, tmp_path: Path
 ):
-    save_model(root, tmp_path / "llama")
     save_rows(tmp_path / "rows.jsonl", size)
-    local = {"model": str(tmp_path / "llama"), "task": str(tmp_path / "rows.jsonl")}
+    local = {"model": str(tiny_llama(3)), "task": str(tmp_path / "rows.jsonl")}
     results, _ = paper_run(notebook, "kv", **local, **small)
     assert pictures <= set(results["figures"])

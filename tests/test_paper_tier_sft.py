@@ -6,28 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-
-def save_model(root: Path, folder: Path) -> None:
-    """A Llama as on the hub, but tiny and untrained, with somebody's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(root / "data" / "models" / "llama-docs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def save_rows(path: Path, columns: tuple[str, str], n: int = 240) -> None:
@@ -47,11 +25,10 @@ def save_rows(path: Path, columns: tuple[str, str], n: int = 240) -> None:
     [("40_sft_token_selection", ("instruction", "output")), ("41_sft_token_weights", ("question", "answer"))],
 )
 def test_paper_tier_runs_on_any_model_and_data(
-    notebook: str, columns: tuple[str, str], paper_run: Callable, root: Path, tmp_path: Path
+    notebook: str, columns: tuple[str, str], paper_run: Callable, tiny_llama: Callable, tmp_path: Path
 ):
-    save_model(root, tmp_path / "llama")
     save_rows(tmp_path / "rows.jsonl", columns)
-    local = {"model": str(tmp_path / "llama"), "tasks": [str(tmp_path / "rows.jsonl")]}
+    local = {"model": str(tiny_llama(2)), "tasks": [str(tmp_path / "rows.jsonl")]}
     results, _ = paper_run(notebook, "sft", **local, seeds=[0, 1], steps=4, rows=160, tested=8)
     assert {"learning_curves", "gain", "auroc", "claims"} <= set(results["figures"])
     assert {row[0] for row in results["figures"]["learning_curves"]["data"]["data"]} == set(local["tasks"])
