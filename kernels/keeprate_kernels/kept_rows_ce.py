@@ -92,7 +92,7 @@ def kept_rows_ce(
     if stats is not None:
         if stats.nll.shape != shape:
             raise ValueError(f"stats must be of {tuple(shape)} tokens, as labels; got {tuple(stats.nll.shape)}")
-        known = TokenStats(*(None if x is None else x.detach().reshape(-1) for x in stats))
+        known = stats.flat()
     kept = ((w != 0) & valid).nonzero()[:, 0]
     partial = known is None and not score_rest and kept.numel() < w.numel()
     if partial:

@@ -58,6 +58,10 @@ class TokenStats(NamedTuple):
         """Probability of the label; 1 where it is ignored."""
         return (-self.nll).exp()
 
+    def flat(self) -> "TokenStats":
+        """The same in one dimension, without a graph."""
+        return TokenStats(*(None if x is None else x.detach().reshape(-1) for x in self))
+
 
 if HAS_TRITON:
 
@@ -281,6 +285,7 @@ def token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     stats: tuple[str, ...] = STATS,
+    known: TokenStats | None = None,
     chunk: tuple[int, int] | None = None,
 ) -> TokenStats:
     """Loss, entropy, and mean and variance of log-probabilities of every token, without logits in memory.
@@ -297,13 +302,15 @@ def token_stats(
         softcap: Cap of the logits, cap * tanh(logits / cap) (Gemma 2).
         ignore_index: Label of rows that do not count: their nll is 0, and no statistic of theirs has a gradient.
         stats: Which of "nll", "entropy", "mean", "variance" are wanted. nll, lse and correct come with any of them.
+        known: nll, lse and correct of these very inputs, found elsewhere: they get their graph, and nothing is scored
+            again. Only with stats=("nll",).
         chunk: Tokens and vocabulary entries of a tile in plain torch and in the backward pass; None chooses by device.
 
     Returns:
         TokenStats in fp32 (float64 for float64 inputs), each shaped as the labels.
 
     Raises:
-        ValueError: If shapes, dtypes, a label or a name in `stats` do not fit.
+        ValueError: If shapes, dtypes, a label, a name in `stats` or what is `known` do not fit.
 
     Source:
         Online softmax: Milakov and Gimelshein 2018. Merging of variances: Chan, Golub and LeVeque 1983. Mean and
@@ -320,9 +327,16 @@ def token_stats(
     shape = labels.shape
     hidden, weight, labels, bias, valid = prepare(hidden, weight, labels, bias, softcap, ignore_index, chunk)
     spread = stats != ("nll",)
+    if known is not None:
+        if spread or known.nll.shape != shape:
+            raise ValueError(
+                f"known must be of {tuple(shape)} tokens, as labels, with stats=('nll',); "
+                f"got {tuple(known.nll.shape)} and {stats!r}"
+            )
+        known = known.flat()
     nll, mean, variance, lse, correct = (
         None if x is None else x.view(shape)
-        for x in StatsFunction.apply(hidden, weight, bias, labels, valid, softcap, spread, chunk, None)
+        for x in StatsFunction.apply(hidden, weight, bias, labels, valid, softcap, spread, chunk, known)
     )
     return TokenStats(
         nll,

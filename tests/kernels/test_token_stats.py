@@ -187,6 +187,20 @@ def test_frozen_parts_and_inference():
         torch.autograd.grad(token_stats(hidden, weight, labels).entropy.sum(), hidden, create_graph=True)
 
 
+def test_what_is_known_is_not_scored_again_and_gets_its_gradient():
+    hidden, weight, labels, _ = (x.requires_grad_() if x.is_floating_point() else x for x in case(24, 50, 8))
+    fresh = token_stats(hidden, weight, labels, stats=("nll",), softcap=7.0)
+    want = torch.autograd.grad((fresh.nll * torch.arange(24, device=DEVICE)).sum(), (hidden, weight))
+    known = token_stats(hidden.detach(), weight.detach(), labels, stats=("nll",), softcap=7.0)
+    doubled = known._replace(nll=known.nll * 2)
+    for given in (known, doubled):
+        again = token_stats(hidden, weight, labels, stats=("nll",), softcap=7.0, known=given)
+        assert torch.equal(again.nll, given.nll) and torch.equal(again.lse, given.lse)
+        found = torch.autograd.grad((again.nll * torch.arange(24, device=DEVICE)).sum(), (hidden, weight))
+        for x, y in zip(found, want, strict=True):
+            torch.testing.assert_close(x, y)
+
+
 def test_autocast_casts_as_linear_does():
     hidden, weight, labels, _ = case(12, 40, 8)
     hidden.requires_grad_()
@@ -211,6 +225,12 @@ def test_bad_input_is_named():
         "got -1": lambda: token_stats(hidden, weight, torch.full_like(labels, -1)),
         "stats must name some of nll.*'rank'": lambda: token_stats(hidden, weight, labels, stats=("rank",)),
         r"stats must name .*\(\)": lambda: token_stats(hidden, weight, labels, stats=()),
+        r"known must be of \(12,\).*\(11,\)": lambda: token_stats(
+            hidden, weight, labels, stats="nll", known=token_stats(hidden[:11], weight, labels[:11])
+        ),
+        r"known must be .*'entropy'": lambda: token_stats(
+            hidden, weight, labels, stats="entropy", known=token_stats(hidden, weight, labels)
+        ),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):

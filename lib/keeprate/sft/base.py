@@ -43,6 +43,7 @@ class SFTMethod(Method):
     family: ClassVar[str] = "sft"
     columns: ClassVar[tuple[str, ...]] = ()  # names of fields that name a column of the data set
     stats: ClassVar[tuple[str, ...]] = ("nll",)  # statistics of the head
+    largest: ClassVar[int] = 0  # how many of the largest logits of every token are needed; then nll is all of `stats`
     reads_attention: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -119,7 +120,7 @@ class SFTMethod(Method):
             return session.loss(outputs, labels, columns, num_items_in_batch)
         evaluating = not isinstance(outputs, torch.Tensor) and not torch.is_grad_enabled()
         head = logits_head(logits_of(outputs), labels)
-        tokens = Tokens(head, labels, {} if evaluating else columns, stats=self.stats)
+        tokens = Tokens(head, labels, {} if evaluating else columns, stats=self.stats, largest=self.largest)
         if evaluating:
             return tokens.loss.sum() / max(len(tokens) if num_items_in_batch is None else int(num_items_in_batch), 1)
         return self.reduce(tokens, num_items_in_batch)

@@ -40,6 +40,10 @@ class EntropyWeight(SFTMethod):
     def stats(self) -> tuple[str, ...]:
         return ("nll",) if self.top else ("nll", "entropy")
 
+    @property
+    def largest(self) -> int:
+        return self.top or 0
+
     def weigh(self, t: Tokens) -> torch.Tensor:
         entropy = t.entropy(self.top).clamp_min(0)
         weight = entropy**self.alpha

@@ -46,8 +46,8 @@ class Head:
         """
         raise NotImplementedError
 
-    def top(self, k: int) -> torch.Tensor:
-        """The k largest logits of every row, without a graph, [t, k] in fp32."""
+    def stats_and_top(self, labels: torch.Tensor, k: int) -> tuple[TokenStats, torch.Tensor]:
+        """nll of every row, with the graph, and its k largest logits [t, k] in fp32, without."""
         raise NotImplementedError
 
     def zero(self) -> torch.Tensor:
@@ -89,8 +89,8 @@ class LogitsHead(Head):
     def blocks(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.logits[rows].gather(2, ids[:, None].expand(-1, rows.shape[1], -1)).float()
 
-    def top(self, k: int) -> torch.Tensor:
-        return self.logits.detach().float().topk(k, -1).values
+    def stats_and_top(self, labels: torch.Tensor, k: int) -> tuple[TokenStats, torch.Tensor]:
+        return self.stats(labels), self.logits.detach().float().topk(k, -1).values
 
     def zero(self) -> torch.Tensor:
         return self.logits.float().sum() * 0.0
@@ -136,11 +136,12 @@ class LinearHead(Head):
         few = len(self.hidden) * len(self.weight) <= HELD
         return LogitsHead(self._logits(self.hidden)) if few else self
 
-    def stats(self, labels: torch.Tensor, stats: tuple[str, ...] = ("nll",)) -> TokenStats:
+    def stats(
+        self, labels: torch.Tensor, stats: tuple[str, ...] = ("nll",), known: TokenStats | None = None
+    ) -> TokenStats:
+        given = {"bias": self.bias, "softcap": self.softcap, "ignore_index": -1, "stats": stats, "known": known}
         with self._cast():
-            return token_stats(
-                self.hidden, self.weight, labels, bias=self.bias, softcap=self.softcap, ignore_index=-1, stats=stats
-            )
+            return token_stats(self.hidden, self.weight, labels, **given)
 
     def columns(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias[ids]
@@ -152,10 +153,18 @@ class LinearHead(Head):
             logits = self.hidden[rows] @ self.weight[ids].transpose(1, 2)
         return self._capped(logits if self.bias is None else logits + self.bias[ids][:, None])
 
-    @torch.no_grad()
-    def top(self, k: int) -> torch.Tensor:
-        step = max(1, ROWS // len(self.weight))
-        return torch.cat([self._logits(block).topk(k, -1).values for block in self.hidden.split(step)])
+    def stats_and_top(self, labels: torch.Tensor, k: int) -> tuple[TokenStats, torch.Tensor]:
+        step, found = max(1, ROWS // len(self.weight)), []
+        with torch.no_grad():
+            for hidden, label in zip(self.hidden.split(step), labels.split(step), strict=True):
+                z = self._logits(hidden)
+                top = z.topk(k, -1).values
+                first, hit = top[:, 0], z.gather(1, label[:, None])[:, 0]
+                rest = z.sub_(first[:, None]).exp_().sum(-1).log()
+                # not lse - hit: logits may be large, and lse rounds at their size
+                found.append((first - hit + rest, first + rest, hit >= first, top))
+        nll, lse, correct, top = map(torch.cat, zip(*found, strict=True))
+        return self.stats(labels, known=TokenStats(nll, None, None, None, lse, correct)), top
 
     def zero(self) -> torch.Tensor:
         return self.hidden.float().sum() * 0.0 + self.weight.float().sum() * 0.0

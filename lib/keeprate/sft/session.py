@@ -134,7 +134,8 @@ class Session(Listener):
             row, place = targets(labels)
             self._check(hidden[:, 0], logits[:, 0])
             head = self._linear(hidden[row, place - 1]).held()
-        return Tokens(head, labels, columns, stats=self.method.stats, view=view, epoch=self.epoch)
+        method = self.method
+        return Tokens(head, labels, columns, stats=method.stats, largest=method.largest, view=view, epoch=self.epoch)
 
     def loss(
         self,

@@ -41,6 +41,7 @@ class Tokens:
         columns: Mapping[str, torch.Tensor] | None = None,
         *,
         stats: tuple[str, ...] = ("nll",),
+        largest: int = 0,
         view: AttentionView | None = None,
         epoch: int = 0,
     ):
@@ -55,7 +56,10 @@ class Tokens:
         _, self.sequence, sizes = mark.unique_consecutive(return_inverse=True, return_counts=True, dim=1)
         self.sequences, self.sizes = len(sizes), sizes
         self.order = torch.arange(len(self.row), device=self.row.device) - (sizes.cumsum(0) - sizes)[self.sequence]
-        self._stats = head.stats(self.label, stats)
+        if largest:
+            self._stats, self._largest = head.stats_and_top(self.label, min(largest, head.size))
+        else:
+            self._stats = head.stats(self.label, stats)
         self.loss, self.nll = self._stats.nll, self._stats.nll.detach()
 
     def __len__(self) -> int:
@@ -85,15 +89,15 @@ class Tokens:
         """Entropy in nats of the distribution that predicted each token, without a graph.
 
         Args:
-            top: Only of the `top` most probable entries, renormalised; None = of all, which the method must ask for
-                in `stats`.
+            top: Only of the `top` most probable entries, renormalised; None = of all. The method must ask for the
+                former by `largest`, for the latter in `stats`.
 
         Returns:
             [t].
         """
         if top is None:
             return self._stats.entropy.detach()
-        logp = self.head.top(min(top, self.vocabulary)).log_softmax(-1)
+        logp = self._largest[:, :top].log_softmax(-1)
         return -(logp.exp() * logp).sum(-1)
 
     @property
