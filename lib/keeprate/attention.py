@@ -143,6 +143,11 @@ def _add_masks(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.masked_fill(~b, float("-inf")) if b.dtype == torch.bool else a + b
 
 
+def listeners(module: nn.Module) -> tuple["Listener", ...]:
+    """Who takes part in the attention of a layer at the moment."""
+    return tuple(_listeners.get(module, ()))
+
+
 class Listener:
     """Base of everything that takes part in attention; both hooks do nothing by default."""
 
@@ -174,7 +179,7 @@ def _attend(inner: str):
         dropout: float = 0.0,
         **kwargs: Any,
     ):
-        active = _listeners.get(module, ())
+        active = listeners(module)
         view = None
         if active:
             causal = kwargs.get("is_causal")

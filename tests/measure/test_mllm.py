@@ -344,14 +344,37 @@ def test_cost_of_the_prompt(loaded, task):
     assert dense["flops_ratio"] == 1.0 and dense["select_ms"] == 0.0
     assert cls["flops_ratio"] > fastv["flops_ratio"] > 1.3 and cls["select_ms"] > 0
     assert np.allclose(told["break_even_ms"], told["dense_ms"] - told["ms"] + told["select_ms"])
-    assert not told["encoder"].any()
+    assert not told["encoder_ms"].any()
 
 
-def test_a_method_inside_the_encoder_pays_for_it(loaded, task):
-    some = {"cls": METHODS["cls"], "flowcut": mllm.FlowCut(keep=24)}
-    told = M.prefill_cost(loaded, task, some, batch=4, repeats=1).set_index("method")
-    assert told["encoder"].tolist() == [False, True] and told.loc["flowcut", "tokens"] == 24
-    assert told.loc["flowcut", "gflops"] > told.loc["cls", "gflops"]
+class Everything(mllm.FlowCut):
+    """Works inside the encoder, and changes nothing there."""
+
+    def before(self, t):
+        return None
+
+
+def test_a_method_inside_the_encoder_pays_for_what_it_adds(loaded, task, monkeypatch):
+    some = {"cls": METHODS["cls"], "flowcut": mllm.FlowCut(keep=24), "all": Everything(keep=N0)}
+    # whole calls and the encoder's part of them: dense, the three methods, dense with a plain look
+    whole = np.array([[10.0, 4.0, 14.0, 21.0, 18.0], [10.0, 4.0, 13.0, 22.0, 20.0]])
+    inside = np.array([[0.0, 0.0, 8.0, 10.0, 8.0], [0.0, 0.0, 7.0, 10.0, 10.0]])
+
+    def race(calls, *rest):
+        for call, took in zip(calls, inside.T, strict=True):
+            call()
+            call.seconds[:] = list(took / 1e3)
+        return whole
+
+    monkeypatch.setattr(M, "race", race)
+    told = M.prefill_cost(loaded, task, some, batch=4, repeats=2).set_index("method")
+    assert told.loc["flowcut", "tokens"] == 24
+    assert np.allclose(told["encoder_ms"], [0.0, (0 - 3) / 2, (2 + 0) / 2])
+    # the language model's part, and what the encoder took beyond a plain look
+    assert np.allclose(told["ms"], [4, (6 + 6) / 2, (13 + 12) / 2])
+    assert told.loc["all", "flops_ratio"] == pytest.approx(1.0, abs=1e-3)
+    # every patch less in the encoder is work saved there, and no gain here
+    assert told.loc["cls", "flops_ratio"] == pytest.approx(told.loc["flowcut", "flops_ratio"], rel=0.02)
     answered = M.answers(loaded, task, some, batch=10, progress=False).set_index(["method", "sample"])
     inputs = next(task.batches(loaded, 10)).inputs
     with torch.no_grad(), some["flowcut"](loaded.model) as trace:

@@ -5,6 +5,7 @@ attention layers saw and what came out, and shows that to each method in turn. `
 `tasks.vqa`, with one row per method and question; `summarise` turns rows into numbers with intervals.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,7 @@ from keeprate.measure.table import ratios, summarise
 from keeprate.measure.truth import auroc
 from keeprate.mllm.base import MLLMMethod, Wrapper
 from keeprate.mllm.baselines import OracleVisual
+from keeprate.mllm.encoder import around
 from keeprate.mllm.session import MLLMTrace
 from keeprate.models import Loaded
 from keeprate.tasks import words
@@ -288,8 +290,9 @@ def prefill_cost(
     """Time and work of reading the prompt behind the vision encoder, everybody in turns on the same machine.
 
     The encoder's own time is on neither side: it has looked at the images before. What a method computes from the
-    encoder's attention is in. Only a method that works inside the encoder makes it look again, and pays for that; and
-    an encoder that attends in windows (Qwen2.5-VL) looks again every time, on both sides.
+    encoder's attention is in. Only a method that works inside the encoder makes it look again. It pays for what this
+    takes beyond a plain look; what it saves there is time of the encoder, and no gain here. An encoder that attends in
+    windows (Qwen2.5-VL) looks again every time, on both sides.
 
     Args:
         loaded: Model and processor. The model runs on SDPA.
@@ -304,8 +307,8 @@ def prefill_cost(
         One row per method: method; dense_ms, ms (medians); ratio = dense_ms / ms (median of the rounds; above 1 =
         faster) with low and high (quartiles); rounds; select_ms: part of ms in which the method decides;
         break_even_ms: what deciding could take before the method is no faster; gflops, and flops_ratio = dense work
-        over the method's, counted, deciding included; tokens: visual tokens a layer, mean; encoder: whether the
-        encoder had to look again, so that the method's side holds its time and work as well.
+        over the method's, counted, deciding included; tokens: visual tokens a layer, mean; encoder_ms: what the
+        encoder took beyond a plain look (below 0 = less), 0 where it need not look again.
 
     Raises:
         ValueError: On no methods, an empty task, a model that does not run on SDPA, or as a method does.
@@ -332,32 +335,75 @@ def prefill_cost(
 
         return run
 
+    def looking() -> None:
+        with sight.blank():
+            call(None)()
+
+    device = next(model.parameters()).device
+    runs = [call(None), *map(call, calls.values()), *([looking] if sight.works else [])]
     with sight.show():
-        device = next(model.parameters()).device
-        taken = race([call(None), *map(call, calls.values())], device, repeats, seconds_budget)
-        table = ratios(list(calls), taken[:, 0], taken[:, 1:], "ratio", lambda dense, own: dense / own)
-        table = table.rename(columns={"full_ms": "dense_ms"})
-        dense = _work(call(None))[0]
-        extra = []
-        for method in calls.values():
-            sight.looked = 0
-            work, trace = _work(call(method))
-            again = sight.looked > 0
-            spent = [] if method is None else [sum(call(method)().seconds) for _ in range(min(3, len(taken)))]
-            count = every if trace is None else trace
-            tokens = float("nan") if count is None else count.mean_tokens
-            extra.append((1e3 * float(np.median(spent or [0.0])), work / 1e9, dense / work, tokens, again))
-    measured = ["select_ms", "gflops", "flops_ratio", "tokens", "encoder"]
-    table = pd.concat([table, pd.DataFrame(extra, columns=measured)], axis=1)
+        works = [_work(run, sight.parts.tower) for run in runs]
+        clocks = [_Clock(sight.parts.tower, run, device) for run in runs]
+        taken = race(clocks, device, repeats, seconds_budget)
+        rounds = range(min(3, len(taken)))
+        spent = [[0.0 if method is None else sum(call(method)().seconds) for _ in rounds] for method in calls.values()]
+    encoder = 1e3 * np.array([clock.seconds[-len(taken) :] for clock in clocks]).T
+    total, inside = np.array([work[:2] for work in works], dtype=float).T
+    beyond = np.zeros_like(encoder)
+    if sight.works:
+        again = inside > 0
+        beyond[:, again] = encoder[:, again] - encoder[:, -1:]
+        taken = taken - encoder + beyond.clip(0)
+        total = total - inside + (inside - inside[-1]).clip(0) * again
+    own = slice(1, 1 + len(calls))
+    table = ratios(list(calls), taken[:, 0], taken[:, own], "ratio", lambda dense, own: dense / own)
+    table = table.rename(columns={"full_ms": "dense_ms"})
+    counts = [every if trace is None else trace for _, _, trace in works[own]]
+    table["select_ms"] = 1e3 * np.median(spent, 1)
+    table["gflops"], table["flops_ratio"] = total[own] / 1e9, total[0] / total[own]
+    table["tokens"] = [float("nan") if count is None else count.mean_tokens for count in counts]
+    table["encoder_ms"] = np.median(beyond[:, own], 0)
     table["break_even_ms"] = table["dense_ms"] - table["ms"] + table["select_ms"]
     return table
 
 
-def _work(call: Callable[[], MLLMTrace | None]) -> tuple[int, MLLMTrace | None]:
-    """Counted floating-point operations of a call, with what it returns."""
-    with FlopCounterMode(display=False, custom_mapping=EXTRA) as counter:
+def _work(call: Callable[[], MLLMTrace | None], tower: nn.Module) -> tuple[int, int, MLLMTrace | None]:
+    """Counted floating-point operations of a call, of them those of the vision encoder; and what the call returns."""
+    looks = []
+
+    def look(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=EXTRA) as inside:
+            output = forward(*args, **kwargs)
+        looks.append(inside.get_total_flops())
+        return output
+
+    with FlopCounterMode(display=False, custom_mapping=EXTRA) as counter, around(tower, "forward", look):
         trace = call()
-    return counter.get_total_flops(), trace
+    return counter.get_total_flops(), sum(looks), trace
+
+
+class _Clock:
+    """A call that notes how long the vision encoder took, in seconds."""
+
+    def __init__(self, tower: nn.Module, run: Callable, device: torch.device):
+        self.tower, self.run, self.device = tower, run, device
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        self.seconds.append(0.0)
+        with around(self.tower, "forward", self._look):
+            self.run()
+
+    def _look(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        begin = self._now()
+        output = forward(*args, **kwargs)
+        self.seconds[-1] += self._now() - begin
+        return output
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _check_methods(methods: Methods) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from keeprate import attention
 from keeprate.anatomy import multimodal
-from keeprate.attention import AttentionView, Listener, listen
+from keeprate.attention import AttentionView, Listener, listen, listeners
 from keeprate.measure.kv.reading import Recorded
 from keeprate.mllm.encoder import around
 
@@ -90,6 +89,15 @@ class Sight(Listener):
         with around(self.parts.tower, "forward", self._replay):
             yield
 
+    @contextmanager
+    def blank(self) -> Iterator[None]:
+        """Inside the block nothing has been seen: the encoder works."""
+        seen, self.seen = self.seen, []
+        try:
+            yield
+        finally:
+            self.seen = seen
+
     def _record(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         self._views, self._blocks = [], []
         output = forward(*args, **kwargs)
@@ -105,7 +113,7 @@ class Sight(Listener):
             same = seen.hooks == hooks and len(seen.given) == len(given)
             if same and not self._changed() and all(map(torch.equal, seen.given, given)) and self._told(seen):
                 for module, view in seen.views:
-                    for listener in attention._listeners.get(module, ()):
+                    for listener in listeners(module):
                         listener.fold(module, view)
                 return _copied(seen.output)
         self.looked += 1
@@ -131,8 +139,8 @@ class Sight(Listener):
 
     def _changed(self) -> bool:
         """Whether somebody takes part in the encoder's attention rather than looking on."""
-        listeners = {type(one) for module in self.parts.tower_attention for one in attention._listeners.get(module, ())}
-        return any(one.gather is not Listener.gather or one.attend is not Listener.attend for one in listeners)
+        kinds = {type(one) for module in self.parts.tower_attention for one in listeners(module)}
+        return any(kind.gather is not Listener.gather or kind.attend is not Listener.attend for kind in kinds)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[torch.Tensor]:
