@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,6 @@ RECIPE = loop.Recipe(
     warmup=100,
     decay=0.4,
 )
-# Begins where the first ended, with its averaged weights and a new optimiser.
-READ_ON = (1.0, 2.0, 1.0, 1.0, 3.0, 8.0, 1.0, 0.5)
-SECOND = loop.Recipe(stages=(Stage(800, READ_ON, turns=0.2, rows=0.8),), seed=1, lr=1e-3, warmup=50, decay=0.8)
 
 
 def processor(tokenizer: Any) -> Any:
@@ -519,66 +516,49 @@ HISTORY = (
     "the rate had fallen from 2e-3 at step 1290 to 7e-4 at step 1819; there 640 steps, mostly of reading, took "
     "the place of the rest, and the rate rose to what the recipe says. And digits of training were bent and "
     "slanted less before step 659. The run was interrupted and taken up again from its checkpoint three times. "
-    "On 512 questions of each kind (seed=2026), looked at once, it then read 89.3 % of the rows, where 90 % had been "
-    "asked for; of scenes of training 92.3 % (600 rows, seed=1). So there was more to learn, and the second run was "
-    "added. The sample measured above is another one, looked at once, after the second run."
+    "The sample measured above was looked at once, after training. Reading was to reach 90 % and did not: of the "
+    "digits of new hands the vision tower knows 96 %, and two to four stand in a row. 800 further steps, mostly of "
+    "reading, at a rate of 1e-3 falling to 0, did not help and were thrown away: of 600 rows (seed=1) the model read "
+    "88.7 % after them and 89.7 % before, in scenes of training 91.8 % and 92.3 %."
 )
 
 
 def main() -> None:
     """The command line: train or resume, measure, publish."""
-    from transformers import CLIPModel, LlavaForConditionalGeneration
+    from transformers import CLIPModel
 
     options = loop.options(NAME)
     options.add_argument("--clip", type=Path, default=Path("data/models") / clip_digits.NAME, help="the vision tower")
-    options.add_argument("--begin", type=Path, help="a model that has its first run behind it; the second alone is run")
     options.add_argument("--fp32", action="store_true", help="no bfloat16, for processors that are slow at it")
     options.add_argument("--n", type=int, default=512, help="questions of each kind that are measured")
-    options.add_argument("--seed", type=int, default=2027, help="of the sample that is measured")
+    options.add_argument("--seed", type=int, default=2026, help="of the sample that is measured")
     given = options.parse_args()
 
     torch.set_num_threads(given.threads)
-    words = clip_digits.tokenizer()
+    words, checkpoint = clip_digits.tokenizer(), given.work / f"{NAME}.safetensors"
     clip = CLIPModel.from_pretrained(given.clip, dtype=torch.float32, use_safetensors=True)
     model = build(len(words), RECIPE.seed, clip)
-    done = {}
-    for name, recipe in ((NAME, RECIPE), (f"{NAME}-second", SECOND)):
-        trainer, checkpoint = Trainer(model, words, recipe, given.device, not given.fp32), given.work / name
-        checkpoint = checkpoint.with_suffix(".safetensors")
-        if recipe is RECIPE and given.begin:
-            first = LlavaForConditionalGeneration.from_pretrained(given.begin, dtype=torch.float32)
-            card = json.loads((given.begin / "card.json").read_text())
-            model.load_state_dict(first.state_dict())
-            trainer.step, trainer.seconds = card["steps"], 60 * card["minutes"]
-        else:
-            if given.interim:
-                trainer.restore(checkpoint)
-            else:
-                trainer.run(checkpoint)
-            model.load_state_dict(trainer.averaged(), strict=False)  # buffers are no parameters
-        done[checkpoint] = trainer
-        if trainer.step < recipe.steps:
-            break
+    trainer = Trainer(model, words, RECIPE, given.device, not given.fp32)
+    if given.interim:
+        trainer.restore(checkpoint)
+    else:
+        trainer.run(checkpoint)
+    model.load_state_dict(trainer.averaged(), strict=False)  # buffers are no parameters
     model.set_attn_implementation("sdpa")
     model.cpu().eval()
-    first, *more = done.values()
-    final = trainer.recipe is SECOND and trainer.step == SECOND.steps
+    final = trainer.step == RECIPE.steps
     facts = {
         "name": NAME,
         "task": "scenes",
-        "status": "final" if final else f"interim: step {trainer.step} of {trainer.recipe.steps}",
+        "status": "final" if final else f"interim: step {trainer.step} of {RECIPE.steps}",
         "train_command": f"python -m keeprate.train.llava_digits --out data/models/{NAME}",
         "data": clip_digits.DATA
         | {"vision_tower": f"that of {clip_digits.NAME}, frozen", "prompt": "<image> question"},
     }
-    for run in more:
-        minutes = round(run.seconds / 60, 1)
-        facts["second_run"] = {"recipe": asdict(run.recipe), "steps": run.step, "minutes": minutes}
     facts |= {"history": HISTORY} | measure(model, words, given.n, given.seed)
-    card = loop.publish(model, given.out, RECIPE, first, facts, processor(words).save_pretrained)
+    card = loop.publish(model, given.out, RECIPE, trainer, facts, processor(words).save_pretrained)
     if final:
-        for checkpoint in done:
-            checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink()
     print(
         json.dumps({key: card[key] for key in ("status", "measured", "above_baselines", "minutes", "params")}, indent=1)
     )
