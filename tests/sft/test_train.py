@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import keeprate as kr
+from keeprate import load
 from keeprate.sft import Collator, Watch
 
 GROUPS = ("clean", "noisy")
@@ -62,6 +63,47 @@ def test_plain_weights_train_as_the_trainer_does_without_us(llama, data, tmp_pat
     theirs.train()
     assert np.allclose(curve(ours), curve(theirs), rtol=1e-5)
     assert np.allclose(curve(ours, "grad_norm"), curve(theirs, "grad_norm"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated", "ignore:`gradient_checkpointing` is deprecated")
+def test_sfttrainer_of_trl_takes_the_losses(llama, data, tmp_path, logits):
+    trl = pytest.importorskip("trl")
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "max_length": None,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+
+    def train(method):
+        own = {} if method is None else {"compute_loss_func": method, "callbacks": [Watch(method, logits=logits)]}
+        done = trl.SFTTrainer(
+            copy.deepcopy(llama),
+            trl.SFTConfig(str(tmp_path), loss_type="nll", **settings),
+            train_dataset=datasets.Dataset.from_list(data),
+            data_collator=Collator(pad=0),
+            processing_class=load("llama-docs").processor,
+            **own,
+        )
+        done.train()
+        return done
+
+    theirs, ours, some = (train(method) for method in (None, kr.sft.SFT(), kr.sft.Rho1(keep=0.5)))
+    assert np.allclose(curve(ours), curve(theirs), rtol=1e-5)
+    assert np.allclose(curve(ours, "grad_norm"), curve(theirs, "grad_norm"), rtol=1e-4)
+    assert not np.allclose(curve(some), curve(ours), rtol=1e-2)
+    assert all(0.4 < share <= 0.5 for share in curve(some, "kept"))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class SFTMethod(Method):
         The three ways to use a method:
 
         * `Trainer(..., compute_loss_func=method)`: the transformers Trainer, and TRL's SFTTrainer with
-          `loss_type="nll"` (any other computes its own loss). Both need `remove_unused_columns=False`.
+          `loss_type="nll"` (any other computes its own loss) and `dataset_kwargs={"skip_prepare_dataset": True}`. Both
+          need `remove_unused_columns=False`.
         * `with method(model) as trace:` around any training: the loss is computed from hidden states, attention can be
           read, gradients that are accumulated are divided by the exact denominator, and `trace` keeps statistics. For
           the Trainer, `callbacks=[kr.sft.Watch(method)]` does the same and logs them.

@@ -17,7 +17,7 @@ class Watch(TrainerCallback):
     Args:
         method: The one given as `compute_loss_func`, or one equal to it.
         groups: Names of the token groups that a column `group` numbers from 0.
-        logits: See `Session`. TRL's SFTTrainer needs True, for it takes metrics of its own from all logits.
+        logits: See `Session`. For a Trainer that takes metrics of its own from all logits of the training pass.
 
     Attributes:
         trace: The open `Session`; None outside of training.
