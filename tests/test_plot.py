@@ -172,13 +172,48 @@ def test_explore_sliders_move(vit, monkeypatch):
     monkeypatch.setattr("IPython.display.display", drawn.append)
     methods = {"TopK": lambda keep: kr.vit.TopK(keep=keep), "ToMe": lambda keep: kr.vit.ToMe(keep=keep)}
     box = plot.explore(vit, Images(), methods, samples=4)
-    name, keep, reduction, sample = box.children[0].children + box.children[1].children
-    assert name.options == ("TopK", "ToMe") and (reduction.max, sample.max) == (3, 3)
+    name, keep, reduction, sample = box.children[0].children
+    assert name.options == ("TopK", "ToMe") and (reduction.options[-1], sample.options[-1]) == (3, 3)
+    assert keep.value == 0.5 and keep.options == widget.KEEPS and reduction.value == 3
     titles = lambda: drawn[-1].axes[1].get_title()  # noqa: E731
     reduction.value = 1
     assert titles() == "TopK, block 2: 8 tokens"
     keep.value, name.value, sample.value = 0.25, "ToMe", 2
     assert titles() == "ToMe, block 2: 4 tokens"
+
+
+def test_explore_questions_about_images(monkeypatch):
+    vlm, asked = kr.load("llava-digits"), kr.vqa("scenes", n=3, seed=1)
+    methods = {
+        "grid": lambda keep: kr.mllm.UniformGrid(keep=keep),
+        "FastV": lambda keep: kr.mllm.FastV(keep=keep, layer=2),
+    }
+    figure = plot.explore(vlm, asked, methods, keep=0.25, samples=2)
+    assert isinstance(figure, plt.Figure) and len(figure.axes) == 4 * 2  # image, truth, two methods
+    monkeypatch.setattr(widget, "_live", lambda: True)
+    drawn = []
+    monkeypatch.setattr("IPython.display.display", drawn.append)
+    box = plot.explore(vlm, asked, methods, keep=0.25, samples=2)
+    name, keep, _, sample = box.children[0].children
+    assert drawn[-1].axes[1].get_title() == "grid, block 0: 36 tokens"
+    assert asked.questions[0][:34] in drawn[-1].axes[0].get_title()
+    name.value, sample.value = "FastV", 1
+    assert drawn[-1].axes[1].get_title() == "FastV, block 2: 36 tokens"
+    assert f"right: {asked.answers[1][0]}" in drawn[-1].axes[0].get_title()
+    keep.value = 1.0 if 1.0 in keep.options else keep.options[-1]
+    assert "136 tokens" in drawn[-1].axes[1].get_title()
+
+
+def test_sliders_are_a_picture_in_a_batch_run():
+    def draw(**values):
+        seen.append(values)
+        return plt.figure()
+
+    seen = []
+    assert isinstance(plot.sliders(draw, method=["b", "a"], keep=(0.5, 0.25)), plt.Figure)
+    assert seen == [{"method": "b", "keep": 0.5}]
+    with pytest.raises(ValueError, match="keep has none"):
+        plot.sliders(draw, method=["b"], keep=[])
 
 
 def test_same_figure_same_file(table, tmp_path):

@@ -4,7 +4,7 @@ from keeprate.plot.charts import bars, curve, matrix
 from keeprate.plot.images import clusters, heat, overlay, overlays, pictures
 from keeprate.plot.look import colour, dashes, marker, style
 from keeprate.plot.text import pieces, token_html, token_strips, token_text, token_texts
-from keeprate.plot.widget import explore
+from keeprate.plot.widget import explore, sliders
 
 __all__ = [
     "bars",
@@ -20,6 +20,7 @@ __all__ = [
     "overlays",
     "pictures",
     "pieces",
+    "sliders",
     "style",
     "token_html",
     "token_strips",
