@@ -190,6 +190,7 @@ def test_explore_questions_about_images(monkeypatch):
     }
     figure = plot.explore(vlm, asked, methods, keep=0.25, samples=2)
     assert isinstance(figure, plt.Figure) and len(figure.axes) == 4 * 2  # image, truth, two methods
+    assert [ax.get_title() for ax in figure.axes[:2]] == [question[:26] for question in asked.questions[:2]]
     monkeypatch.setattr(widget, "_live", lambda: True)
     drawn = []
     monkeypatch.setattr("IPython.display.display", drawn.append)
@@ -210,8 +211,10 @@ def test_sliders_are_a_picture_in_a_batch_run():
         return plt.figure()
 
     seen = []
+    plt.close("all")
     assert isinstance(plot.sliders(draw, method=["b", "a"], keep=(0.5, 0.25)), plt.Figure)
     assert seen == [{"method": "b", "keep": 0.5}]
+    assert not plt.get_fignums()  # an open one would be shown a second time
     with pytest.raises(ValueError, match="keep has none"):
         plot.sliders(draw, method=["b"], keep=[])
 

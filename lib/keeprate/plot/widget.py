@@ -28,6 +28,12 @@ def _live() -> bool:
     return hasattr(get_ipython(), "kernel")
 
 
+def _still(figure: Figure) -> Figure:
+    """A figure that a cell shows once: as its result, and not among the open figures as well."""
+    plt.close(figure)
+    return figure
+
+
 def sliders(draw: Callable[..., Figure], **choices: Sequence[Any]) -> Any:
     """Controls for the arguments of a drawing; one static figure where nobody can move them.
 
@@ -50,7 +56,7 @@ def sliders(draw: Callable[..., Figure], **choices: Sequence[Any]) -> Any:
         raise ValueError(f"every argument needs a value to choose; {', '.join(empty)} has none")
     first = {name: values[0] for name, values in choices.items()}
     if not _live():
-        return draw(**first)
+        return _still(draw(**first))
 
     import ipywidgets as w
     from IPython.display import display
@@ -97,7 +103,11 @@ def explore(
     methods = {"method": methods} if callable(methods) else dict(methods)
     images, truth, run = (_questions if hasattr(task, "questions") else _images)(loaded, task, samples)
     if not _live():
-        return overlays(images, {name: run(make(keep), None)[0] for name, make in methods.items()}, truth=truth)
+        traces = {name: run(make(keep), None)[0] for name, make in methods.items()}
+        figure = overlays(images, traces, truth=truth)
+        for ax, question in zip(figure.axes, getattr(task, "questions", ()), strict=False):
+            ax.set_title(question[:26], fontsize=5.5)
+        return _still(figure)
 
     def draw(method: str, keep: float, reduction: int, sample: int) -> Figure:
         trace, said = run(methods[method](keep), sample)
