@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +85,58 @@ def test_text_model_brings_its_tokenizer(tmp_path):
     )
     loaded = load(str(tmp_path))
     assert type(loaded.model) is tf.LlamaForCausalLM and loaded.processor("a").input_ids == [3]
+
+
+def save_qwen(folder):
+    """A tiny Qwen2.5-VL as on the hub: its processor has a part for videos, which needs torchvision."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "?", *marks])}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", extra_special_tokens=marks)
+    tokenizer.save_pretrained(folder)
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    vision |= {"window_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = tf.Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=TEXT | {"num_key_value_heads": 2, "rope_parameters": rope},
+        **{f"{n}_token_id": i for i, n in enumerate(("vision_start", "vision_end", "image", "video"), 4)},
+    )
+    tf.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    pixels = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 1024, "max_pixels": 1024}
+    about = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about | pixels))
+
+
+def test_processor_without_torchvision_takes_images(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(sys.modules[load.__module__], "is_torchvision_available", lambda: False)
+    save_qwen(tmp_path / "hub")
+    loaded = load(str(tmp_path / "hub"))
+    assert type(loaded.processor).__name__ == "Qwen2_5_VLProcessor"
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    prompt = "? <|vision_start|><|image_pad|><|vision_end|> ?"
+    made = loaded.processor(images=[image], text=[prompt], return_tensors="pt")
+    tokens = int((made["input_ids"] == loaded.model.config.image_token_id).sum())
+    assert tokens == int(made["image_grid_thw"].prod()) // 4 and tokens > 1
+    loaded.processor.save_pretrained(tmp_path / "again")  # a fine-tuned model goes to disk with its processor
+    loaded.model.save_pretrained(tmp_path / "again")
+    again = load(str(tmp_path / "again")).processor(images=[image], text=[prompt], return_tensors="pt")
+    assert torch.equal(again["pixel_values"], made["pixel_values"])
+    assert not [w for w in recwarn.list if "torchvision" in str(w.message).lower()]
+
+
+def test_processor_that_lacks_a_package_says_so(tmp_path, monkeypatch):
+    save(tmp_path)
+
+    def missing(*args, **kwargs):
+        raise ImportError("this processor requires the Torchvision library")
+
+    monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", missing)
+    with pytest.raises(ValueError, match=r"folder .* could not be loaded: .*requires the Torchvision"):
+        load(str(tmp_path))
 
 
 def test_embedded_name_card_and_table(embedded):

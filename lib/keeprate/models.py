@@ -13,7 +13,10 @@ import pandas as pd
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available, logging
+
+PIXELS = "pil"  # gives the same pixels with and without torchvision
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,8 @@ def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | 
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForImageClassification)
         with _quiet():
             model, info = cls.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        # "pil" gives the same pixels with and without torchvision
-        if model.main_input_name == "pixel_values":
-            processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil")
-        else:
-            processor = transformers.AutoProcessor.from_pretrained(source)
-    except (OSError, RuntimeError) as error:
+        processor = _processor(source, config, model.main_input_name)
+    except (OSError, RuntimeError, ImportError) as error:
         where = f"folder {source}" if folder else f"hub id {name!r}, which is no local folder either,"
         raise ValueError(f"{where} could not be loaded: {error}") from error
     if info["missing_keys"]:
@@ -88,6 +87,23 @@ def load(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | 
             f"{source} lacks {len(info['missing_keys'])} weights of {type(model).__name__}, such as {some}"
         )
     return Loaded(name, model.to(device).eval(), processor, card, card.get("task", name if name in known else None))
+
+
+def _processor(source: str, config: transformers.PreTrainedConfig, reads: str) -> Any:
+    """What feeds a model that reads pixels alone, or text and perhaps pixels."""
+    if reads == "pixel_values":
+        return transformers.AutoImageProcessor.from_pretrained(source, backend=PIXELS)
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is not None and "video_processor" in kind.get_attributes() and not is_torchvision_available():
+        # the part for videos alone needs torchvision; questions about images do without
+        parts = [name for name in kind.get_attributes() if name != "video_processor"]
+        kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
+        processor = kind.from_pretrained(source)
+    else:
+        processor = transformers.AutoProcessor.from_pretrained(source)
+    if hasattr(processor, "image_processor"):
+        processor.image_processor = transformers.AutoImageProcessor.from_pretrained(source, backend=PIXELS)
+    return processor
 
 
 def models() -> pd.DataFrame:
