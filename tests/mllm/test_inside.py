@@ -10,9 +10,23 @@ from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from keeprate import Budget, select
-from keeprate.mllm import BTP, DART, CoreMatching, FiCoCo, Knee, MustDrop, Simignore, SparseVLM, TransPrune
+from keeprate.mllm import (
+    BTP,
+    DART,
+    AttentionDebiasing,
+    CoreMatching,
+    FasterVLM,
+    FastV,
+    FiCoCo,
+    Knee,
+    MustDrop,
+    Simignore,
+    SparseVLM,
+    TransPrune,
+)
 from keeprate.mllm.btp import manhattan, rebalance, top_up
 from keeprate.mllm.dart import least_similar
+from keeprate.mllm.debiasing import bars
 from keeprate.mllm.ficoco import compress
 from keeprate.mllm.mustdrop import merge_windows
 from keeprate.mllm.sparsevlm import density_peaks, raters, recycle
@@ -481,3 +495,74 @@ def test_the_first_cut_covers_the_grid_whatever_the_image_shows(model, prompt) -
     assert a == b and a[0] == a[1] and len(a[0]) == 18 and 0 in a[0]
     # every token of the grid of 6 x 6 has a chosen one beside it
     assert all(min(abs(i // 6 - j // 6) + abs(i % 6 - j % 6) for j in a[0]) <= 1 for i in range(36))
+
+
+# --- Attention Debiasing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [FastV(), SparseVLM(), BTP(), MustDrop(key=0.3, window=1)], ids=lambda base: base.name)
+def test_a_slope_of_zero_is_the_base(base, model, prompt) -> None:
+    plain, wrapped = (run(method, model, prompt)[0] for method in (base, AttentionDebiasing(base=base)))
+    assert kept(plain) == kept(wrapped)
+
+
+def letterboxed(width: int, height: int, side: int, seed: int = 0) -> torch.Tensor:
+    """A picture [3, side, side] that was padded to a square in one colour, then resized."""
+    picture = torch.full((3, side, side), -0.3)
+    w, h = round(side * min(1, width / height)), round(side * min(1, height / width))
+    x, y = (side - w) // 2, (side - h) // 2
+    picture[:, y : y + h, x : x + w] = rand(3, h, w, seed=seed)
+    return picture
+
+
+@quick
+@given(seed=seeds, long=st.integers(1, 6), short=st.integers(1, 6), wide=st.booleans())
+def test_bars_are_what_a_square_was_padded_with(seed: int, long: int, short: int, wide: bool) -> None:
+    size = sorted((long, short), reverse=wide)
+    found = bars(letterboxed(*size, 24, seed)[None])[0]
+    w, h = (round(24 * min(1, a / b)) for a, b in (size, size[::-1]))
+    rows, cols = (abs(2 * torch.arange(24) - 23) > x for x in (h, w))
+    assert torch.equal(found, rows[:, None] | cols)
+
+
+def test_a_picture_of_one_colour_has_no_bars() -> None:
+    flat, half = torch.ones(1, 3, 8, 8), torch.cat([torch.ones(1, 3, 8, 4), rand(1, 3, 8, 4)], 3)
+    assert not bars(flat).any()
+    assert bars(half)[0].sum() == 32 and bars(half)[0, :, :4].all()
+
+
+@pytest.mark.parametrize(("padding", "rows"), [(0.5, (1, 2, 3, 4)), (0.3, (2, 3))])
+def test_padding_is_never_kept_and_the_budget_shrinks_to_the_rest(model, prompt, padding: float, rows) -> None:
+    # 48 pixels, patches of 8: bars of 12 cover row 0 of the grid, and half of row 1
+    pictures = torch.stack([letterboxed(2, 1, 48), prompt["pixel_values"][1]])
+    inputs = prompt | {"pixel_values": pictures}
+    shown = {6 * row + col for row in rows for col in range(6)}
+    scores = run(FastV(), model, inputs)[0].scores[0]
+    for base in (FastV(), SparseVLM(tau=0.0, keep=0.1)):
+        wide, few = (run(AttentionDebiasing(base=base, padding=padding, keep=k), model, inputs)[0] for k in (0.95, 3))
+        assert kept(wide)[-1][0] <= shown and kept(few)[-1][0] <= shown
+        assert len(kept(wide)[0][0]) == len(shown) and len(kept(few)[-1][0]) == 3
+        bare = run(type(base)(**(base.params() | {"keep": 0.95})), model, inputs)[0]
+        assert kept(wide)[0][1] == kept(bare)[0][1]  # a picture without padding
+    few = run(AttentionDebiasing(padding=padding, keep=3), model, inputs)[0]
+    best = sorted(shown, key=lambda i: -scores[0, i].item())[:3]
+    assert kept(few)[0][0] == set(best)
+    plain = kept(run(FastV(keep=3), model, inputs)[0])[0]
+    assert kept(few)[0][1] == plain[1] and not plain[0] <= shown  # FastV alone does keep some
+
+
+def test_padding_loses_to_attention_that_is_exactly_zero() -> None:
+    t = SimpleNamespace(valid=None, n=4, count=torch.tensor([4]))
+    base = FastV()
+    method = AttentionDebiasing(base=base, padding=0.5)
+    object.__setattr__(method.base, "score", lambda t: torch.tensor([[0.4, 0.0, 0.6, 0.0]]))
+    object.__setattr__(method, "_padded", lambda t: torch.tensor([[True, True, False, False]]))
+    score = method.score(t)
+    assert score[0].argsort(descending=True).tolist()[:2] == [2, 3] and score[0, :2].max() < 0 < 1e-30 - score[0].min()
+
+
+def test_padding_is_refused_where_it_cannot_be_read() -> None:
+    with pytest.raises(ValueError, match="inside the language model"):
+        AttentionDebiasing(base=FasterVLM(), padding=0.5)
+    with pytest.raises(ValueError, match=r"padding must be a number in \[0, 1\]; got 2"):
+        AttentionDebiasing(padding=2)

@@ -136,7 +136,4 @@ def _importance(t: Inside) -> torch.Tensor:
     """[b, v] class attention (received attention without a class token) in the last vision block; -inf = line end."""
     encoder = t.session.encoder
     heads = encoder.class_attention if t.parts.has_cls else encoder.received
-    tokens = heads(-1).mean(1).nan_to_num(float("-inf"))  # of all images behind each other
-    copies = int(t.total.sum()) // len(tokens)  # beams read the same image
-    begin = t.total[::copies].cumsum(0) - t.total[::copies]
-    return tokens[begin.repeat_interleave(copies)[:, None] + t.ids.clamp_min(0)]
+    return t.session.of_tokens(heads(-1).mean(1).nan_to_num(float("-inf")), t.ids)

@@ -124,6 +124,7 @@ class MLLMSession(Listener):
         self.running = False
         self.found: torch.Tensor | None = None
         self.prompt = False
+        self.pixels: torch.Tensor | None = None  # [views, c, h, w] what the vision encoder saw last
         self.taps: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
@@ -137,6 +138,7 @@ class MLLMSession(Listener):
             stack.enter_context(self.encoder.attach(model))
             stack.enter_context(around(parts.inner, "get_placeholder_mask", self._find))
             stack.enter_context(listen(model, self, list(self.number)))
+            stack.callback(parts.tower.register_forward_pre_hook(self._look, with_kwargs=True).remove)
             # first of all hooks: those that record hidden states shall see what a layer really gets
             stack.callback(body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
             stack.callback(body.register_forward_hook(self._after, with_kwargs=True).remove)
@@ -151,7 +153,7 @@ class MLLMSession(Listener):
             yield self.trace
 
     def _stop(self) -> None:
-        self.running, self.prompt, self.found = False, False, None
+        self.running, self.prompt, self.found, self.pixels = False, False, None, None
         self.taps = {}
         for name in ("view", "full", "cache"):
             self.__dict__.pop(name, None)
@@ -165,6 +167,9 @@ class MLLMSession(Listener):
         mask = found[0] if isinstance(found, tuple) else found
         self.found = mask.any(-1) if mask.dim() == 3 else mask
         return found
+
+    def _look(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.pixels = args[0] if args else kwargs.get("pixel_values")
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x = kwargs.get("inputs_embeds")
@@ -575,6 +580,21 @@ class MLLMSession(Listener):
     def places(self) -> torch.Tensor:
         """[b, n0, 4], see `MLLMTrace.places`."""
         return self.trace.places[-len(self.ids) :, : self.home.shape[1]]
+
+    def of_tokens(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What the encoder says of visual tokens, all images behind each other, sample by sample.
+
+        Args:
+            tokens: [tokens, ...], one for every token the encoder made, line ends included.
+            ids: [b, v] numbers of visual tokens in their sample; padding may be anything.
+
+        Returns:
+            [b, v, ...].
+        """
+        total = self.is_visual.sum(1)
+        copies = int(total.sum()) // len(tokens)  # beams read the same image
+        begin = total[::copies].cumsum(0) - total[::copies]
+        return tokens[begin.repeat_interleave(copies)[:, None] + ids.clamp_min(0)]
 
     def ahead(self, number: int, rows: torch.Tensor) -> AttentionView:
         """See `Inside.ahead`."""
