@@ -104,11 +104,25 @@ def test_only_named_columns_are_carried_and_each_must_be_there():
         ({"weights": [1.0, float("nan"), 1.0, 1.0]}, "row 0: weights holds NaN"),
         ({"labels": [1, 2]}, r"row 0: input_ids and labels must be equally long.*\(4,\) and \(2,\)"),
         ({"input_ids": [], "labels": []}, "at least one token"),
+        ({"weights": ["a", "b", "c", "d"]}, r"row 0: weights must hold a number for every token; got \['a', 'b'"),
+        ({"weights": [1.0, None, 1.0, 1.0]}, "row 0: weights must hold a number for every token"),
+        ({"weights": [[1.0], [1.0, 2.0], [1.0], [1.0]]}, "row 0: weights must hold a number for every token"),
+        ({"labels": [-100, 6.5, 7.0, 8.0]}, "row 0: labels must hold integers; got torch.float32"),
     ],
 )
 def test_broken_rows_are_named(row, told):
     with pytest.raises(ValueError, match=told):
         Collator(pad=0, columns=("weights",))([{**ROWS[0], **row}])
+
+
+def test_a_column_that_begins_with_nothing_is_not_passed_over():
+    """The first token has no score in many a data set; without an error its weights would be lost in silence."""
+    with pytest.raises(
+        ValueError, match=r"row 0: weights must hold a number for every token; got \[None, 1.0, 0.5, 2.0"
+    ):
+        Collator(pad=0)([{**ROWS[0], "weights": [None, 1.0, 0.5, 2.0]}])
+    with pytest.raises(ValueError, match="at least one token"):
+        Collator(pad=0)([{"input_ids": [], "weights": []}])
 
 
 def test_bad_arguments_are_refused():

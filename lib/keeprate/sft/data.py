@@ -4,6 +4,7 @@ The Trainer hands a loss function the labels and nothing else of a batch. So the
 attributes of a tensor that is otherwise an ordinary one.
 """
 
+import reprlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -157,13 +158,16 @@ class Collator:
         return batch | {"labels": Labels.of(joined.pop("labels"), joined)}
 
     def _sequence(self, i: int, row: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
-        ids = torch.as_tensor(row["input_ids"])
-        labels = torch.as_tensor(row["labels"]).clone() if row.get("labels") is not None else ids.clone()
+        ids = _numbers(i, "input_ids", row["input_ids"])
+        labels = _numbers(i, "labels", row["labels"]).clone() if row.get("labels") is not None else ids.clone()
         if ids.dim() != 1 or not len(ids) or labels.shape != ids.shape:
             raise ValueError(
                 f"row {i}: input_ids and labels must be equally long lists of at least one token; "
                 f"got {tuple(ids.shape)} and {tuple(labels.shape)}"
             )
+        for name, x in (("input_ids", ids), ("labels", labels)):
+            if x.is_floating_point():
+                raise ValueError(f"row {i}: {name} must hold integers; got {x.dtype}")
         found = {"input_ids": ids.long(), "labels": labels.long()}
         found["labels"][0] = IGNORE
         for name in names:
@@ -172,7 +176,7 @@ class Collator:
                     f"row {i}: {unknown('column', name, row)}. With the Trainer set "
                     "TrainingArguments(remove_unused_columns=False)"
                 )
-            column = torch.as_tensor(row[name])
+            column = _numbers(i, name, row[name])
             if column.shape != ids.shape:
                 raise ValueError(f"row {i}: {name} must have {len(ids)} entries, as labels; got {tuple(column.shape)}")
             if column.is_floating_point():
@@ -215,9 +219,19 @@ def per_token(row: Mapping[str, Any]) -> tuple[str, ...]:
     def fits(value: Any) -> bool:
         if isinstance(value, torch.Tensor | np.ndarray):
             return value.ndim == 1 and len(value) == length
-        return isinstance(value, list | tuple) and len(value) == length and isinstance(value[0], int | float)
+        # None is no number, but a column that begins with it wants to be one, and the collator says so
+        numeric = isinstance(value, list | tuple) and len(value) == length > 0
+        return numeric and (value[0] is None or isinstance(value[0], int | float))
 
     return tuple(name for name, value in row.items() if name not in OWN and fits(value))
+
+
+def _numbers(i: int, name: str, values: Any) -> torch.Tensor:
+    """A column of row i as a tensor."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"row {i}: {name} must hold a number for every token; got {reprlib.repr(values)}") from error
 
 
 def _padded(parts: list[torch.Tensor], width: int, fill: int) -> torch.Tensor:
