@@ -29,6 +29,15 @@ def test_a_score_is_the_loss_of_the_token_at_its_own_place(llama, rows, size):
         assert nll.dtype == np.float32 and np.allclose(nll, expected, atol=1e-5)
 
 
+def test_how_a_tokenizer_was_last_called_is_no_part_of_it():
+    tokenizer = kr.load("llama-docs").processor
+    before = fingerprint(tokenizer)
+    tokenizer(["one two three", "four"], padding=True, truncation=True, max_length=2)
+    assert fingerprint(tokenizer) == before
+    tokenizer.add_tokens(["<something>"])
+    assert fingerprint(tokenizer) != before
+
+
 def test_scoring_leaves_the_model_alone(llama, rows):
     llama.train()
     kr.sft.score(llama, rows[:2])

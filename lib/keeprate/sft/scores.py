@@ -228,9 +228,13 @@ def digest(row: Mapping[str, Any]) -> str:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """What identifies a tokenizer: its rules and vocabulary."""
+    """What identifies a tokenizer: its rules and vocabulary, not how it was last called."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        told = repr(sorted(tokenizer.get_vocab().items()))
+    else:
+        rules = json.loads(backend.to_str())
+        told = json.dumps({k: v for k, v in rules.items() if k not in ("padding", "truncation")}, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
