@@ -168,6 +168,16 @@ def test_the_error_is_that_of_the_number_written(tokenizer):
     assert found.values[2 * 1 + 1] == 99 - true and found.values.sum() == 99 - true
 
 
+@pytest.mark.parametrize("kind", finetune.KINDS)
+def test_a_head_may_be_larger_than_the_tokenizer(tokenizer, kind):
+    """Many are, rounded up to a multiple of 64 or more; what no token stands for is never an answer."""
+    drawn = finetune.sample(tokenizer, kind, n=4, seed=1, split="test")
+    exact, padded = (
+        finetune.evaluate(Scripted(drawn.input_ids, len(tokenizer) + more), tokenizer, drawn) for more in (0, 13)
+    )
+    torch.testing.assert_close(padded.values, exact.values)
+
+
 def test_the_second_digit_follows_the_first_that_was_written(tokenizer):
     """The ones are read from a pass that holds the tens the model wrote, not the true ones."""
     drawn = finetune.sample(tokenizer, "numbers", n=3, seed=1, split="test")

@@ -118,6 +118,8 @@ def evaluate(model: nn.Module, tokenizer: Any, records: Records, batch: int = 64
             values.append(each[truth.any(1)])
         elif records.kind == "numbers":
             known = digits(tokenizer).to(device)
+            # a head may have more entries than the tokenizer has tokens
+            known = functional.pad(known, (0, max(0, logits.shape[-1] - len(known))), value=-1)
             values.append(_error(model, logits[known[targets] >= 0], ids, mask, answer, known))
         else:
             values.append(_exact(logits.argmax(-1) == targets, answer, truth))
