@@ -275,7 +275,10 @@ def test_prior_has_a_mean_of_one_in_every_caption(batch):
 def test_token_filter_masks_or_removes():
     row = {"input_ids": [4, 5, 6, 7], "forget": [0.1, 0.9, 0.2, 0.6], "labels": [-100, 5, 6, 7]}
     method = kr.sft.TokenFilter(threshold=0.5)
-    assert method.remove(row, 3) == {**row, "input_ids": [4, 3, 6, 3], "labels": [-100, -100, 6, -100]}
+    removed = {**row, "input_ids": [4, 3, 6, 3], "labels": [-100, -100, 6, -100]}
+    assert method.remove(row, 3) == removed
+    arrays = {name: np.asarray(x) for name, x in row.items()}  # as a data set with numpy's format gives them
+    assert {name: list(x) for name, x in method.remove(arrays, 3).items()} == removed
     logits = torch.randn(1, 4, 9, requires_grad=True)
     labels = torch.tensor([row["labels"]])
     loss = method(logits, labels, forget=torch.tensor([row["forget"]]))
@@ -339,6 +342,12 @@ def test_ntl_looks_at_digit_logits_alone():
     assert bool(reached[0, 0, 10:20].all()) and int(reached.sum()) == 10
 
 
+def test_ntl_takes_double_precision():
+    method = kr.sft.NTL(loss="mse", digits=tuple(range(10, 20)), values=tuple(map(float, range(10))))
+    logits, labels = torch.randn(1, 3, 25), torch.tensor([[-100, 15, 3]])
+    assert float(method(logits.double(), labels)) == pytest.approx(float(method(logits, labels)), rel=1e-5)
+
+
 def test_ntl_finds_the_digits_of_a_tokenizer():
     tokenizer = kr.load("llama-docs").processor
     method = kr.sft.NTL.of(tokenizer, loss="mse", weight=0.5)
@@ -377,6 +386,31 @@ def test_ct_is_its_definition(length, window):
     plain = slow_ct(logits, labels, length, window)
     assert torch.allclose(extra, plain, atol=1e-5)
     assert torch.allclose(grad(extra, logits), grad(plain, logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("denominator", ["valid", "kept", "weight_sum"])
+def test_auxiliary_losses_keep_their_share_in_accumulated_gradients(llama, rows, denominator):
+    """The second loss of each micro-batch, times its share of the denominator; taken from autograd."""
+    digits = tuple(range(3, 13))
+    given = {"digits": digits, "values": tuple(map(float, range(10))), "denominator": denominator, "weight": 4.0}
+    method, plain = kr.sft.NTL(**given), kr.sft.SFT(denominator=denominator)
+    parts = (rows[:1], rows[1:5], rows[5:7])
+    items = torch.tensor(sum(len(row["labels"]) - 3 for part in parts for row in part))
+
+    def gradient(method, parts, items):
+        llama.zero_grad()
+        with method(llama):
+            for part in parts:
+                made = Collator(pad=0)(part)
+                labels = made.pop("labels")
+                method(llama(**made), labels, items).backward()
+        return torch.cat([p.grad.flatten() for p in llama.parameters()])
+
+    extra = gradient(method, parts, items) - gradient(plain, parts, items)
+    alone = [gradient(method, [part], None) - gradient(plain, [part], None) for part in parts]
+    shares = [sum(len(row["labels"]) - 3 for row in part) / int(items) for part in parts]
+    expected = sum(share * part for share, part in zip(shares, alone, strict=True))
+    assert float((extra - expected).norm()) < 1e-4 * float(expected.norm())
 
 
 def test_ct_without_negatives_is_nothing():

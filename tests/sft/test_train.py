@@ -1,5 +1,6 @@
 """Training with the stock Trainer and with the plain loop: curves, accumulation, interruption, telemetry."""
 
+import argparse
 import copy
 import math
 
@@ -217,6 +218,16 @@ def test_groups_must_have_names(llama, data):
     with method(llama) as trace:
         method(llama(**made), labels)
         assert {"gradient/0", "gradient/1"} <= set(trace.log())
+        more = [{**row, "group": [3] * len(row["group"])} for row in data[:3]]
+        for rows in (data[:3], more):  # a group that the first batches did not have
+            made = Collator(pad=0)(rows)
+            own = made.pop("labels")
+            method(llama(**made), own)
+        found = trace.log()
+        assert [name for name in found if "/" in name] == [f"{x}/{i}" for x in ("gradient", "weight") for i in range(4)]
+        assert found["weight/2"] == 0 and found["weight/3"] == 1 and 0 < found["gradient/3"] < 1
+        made = Collator(pad=0)(data[:3])
+        labels = made.pop("labels")
     with (
         method(llama, groups=("only",)),
         pytest.raises(ValueError, match="group must number the 1 groups only; got 0 to 1"),
@@ -279,6 +290,75 @@ def test_a_training_that_failed_leaves_no_trace_on_the_next(llama, data, tmp_pat
         Watch("SFT")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.*got 0.1"),
+        ({"n_gpu": 2}, "n_gpu must be at most 1.*got 2"),
+        ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(llama, data, tmp_path, options, told):
+    done = trainer(llama, data, kr.sft.SFT(), tmp_path, steps=1)
+    seen = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True}
+    watch = next(c for c in done.callback_handler.callbacks if isinstance(c, Watch))
+    with pytest.raises(ValueError, match=told):
+        watch.on_train_begin(argparse.Namespace(**seen | options), done.state, done.control, model=llama)
+    assert watch.trace is None and not llama._forward_hooks
+    if "label_smoothing_factor" in options:
+        with pytest.raises(ValueError, match=told):
+            trainer(llama, data, kr.sft.SFT(), tmp_path, steps=1, **options).train()
+
+
+def test_a_router_s_loss_is_not_left_out_in_silence(llama, data):
+    made = Collator(pad=0)(data[:2])
+    labels, method = made.pop("labels"), kr.sft.SFT()
+    outputs = llama(**made)
+    outputs["aux_loss"] = outputs.logits.sum()
+    with pytest.raises(ValueError, match=r"outputs hold an aux_loss.*output_router_logits=False"):
+        method(outputs, labels)
+    with method(llama), pytest.raises(ValueError, match="outputs hold an aux_loss"):
+        outputs = llama(**made)
+        outputs["aux_loss"] = outputs.logits.sum()
+        method(outputs, labels)
+    with torch.no_grad():
+        outputs = llama(**made)
+        outputs["aux_loss"] = outputs.logits.sum()
+        assert torch.isfinite(method(outputs, labels)), "an evaluation is the plain loss anyway"
+
+
+def test_passes_are_counted_where_nobody_knows_their_length(llama, data, tmp_path):
+    """A data set without a length: the Trainer's own epoch is a fraction of something else."""
+    seen = []
+
+    class See(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(watch.trace.epoch)
+
+    method = kr.sft.RandomMask()
+    done = trainer(llama, data, method, tmp_path, steps=7, callbacks=[See()])
+    done.train_dataset = datasets.Dataset.from_list(data[:8]).to_iterable_dataset()
+    watch = next(c for c in done.callback_handler.callbacks if isinstance(c, Watch))
+    done.train()
+    assert seen == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_gradients_that_are_out_of_reach_are_missed(llama, data):
+    """As under DeepSpeed, or where `backward` is called once for the sum of the losses."""
+    method = kr.sft.Rho1(scope="sequence")
+    batches = [Collator(pad=0)(part) for part in (data[:2], data[2:5])]
+    items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    with method(llama):
+        for batch, allowed in zip(batches, (True, False), strict=True):
+            labels = batch.pop("labels")
+            outputs = llama(**batch)
+            if allowed:
+                method(outputs, labels, items)
+            else:
+                with pytest.raises(ValueError, match="call backward after every micro-batch"):
+                    method(outputs, labels, items)
+
+
 def test_columns_that_the_trainer_removed_are_missed(llama, data, tmp_path):
     method = kr.sft.Rho1()
     arguments = TrainingArguments(
@@ -323,6 +403,8 @@ def test_the_plain_loop_learns_repeats_and_restores(llama, data):
 
     def evaluate(model):
         assert not model.training
+        ids = torch.tensor([data[0]["input_ids"]])
+        assert model(ids).logits.shape[1] == ids.shape[1], "all logits, whether or not it says torch.no_grad()"
         return {"held out": float(np.mean([x.sum() for x in kr.sft.score(model, data[:4]).nll]))}
 
     options = {"steps": 30, "batch_size": 8, "lr": 1e-2, "evaluate": evaluate, "every": 10, "groups": GROUPS}

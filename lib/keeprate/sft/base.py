@@ -72,7 +72,10 @@ class SFTMethod(Method):
         return None
 
     def extra(self, t: Tokens) -> torch.Tensor | None:
-        """A loss beside the weighted one, a mean over tokens of the micro-batch; None for none."""
+        """A loss beside the weighted one, a mean over tokens of the micro-batch; None for none.
+
+        Where gradients are accumulated, that of a micro-batch counts by its share of the denominator.
+        """
         return None
 
     def __call__(
@@ -107,7 +110,7 @@ class SFTMethod(Method):
 
         Raises:
             ValueError: On a column that is missing or of another shape, NaN or negative weights, labels outside the
-                vocabulary.
+                vocabulary, or outputs with a router's loss, which this one would leave out.
         """
         if isinstance(outputs, nn.Module):
             return sessions.Session(self, outputs, **columns)
@@ -116,6 +119,12 @@ class SFTMethod(Method):
             raise ValueError(f"labels must be a tensor [batch, n]; got {given}")
         columns = {**getattr(labels, "columns", {}), **columns}
         labels = labels.as_subclass(torch.Tensor) if isinstance(labels, Labels) else labels
+        if torch.is_grad_enabled() and isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
+            raise ValueError(
+                "outputs hold an aux_loss, the balancing of a router, which transformers adds to its own loss alone; "
+                "allowed: outputs without it (output_router_logits=False in the model's config; for TRL "
+                "router_aux_loss_coef=0)"
+            )
         session = None if isinstance(outputs, torch.Tensor) else sessions.waiting(self)
         if session is not None:
             return session.loss(outputs, labels, columns, num_items_in_batch)
@@ -163,7 +172,7 @@ class SFTMethod(Method):
             pull = (factor * pull).detach()
             coefficient = weight + pull
             total = total + (pull * (t.loss - t.nll)).sum()
-        share = 1.0 if items is None else len(t) / items
+        share, extra = 1.0 if items is None else len(t) / items, self.extra(t)
         if not shared:
             loss = total / len(t) * share
         else:
@@ -172,8 +181,10 @@ class SFTMethod(Method):
                 # the other micro-batches' denominator is unknown here: each counts by its number of targets
                 loss = total / mass.where(mass > 0, 1) * share
             else:
+                if extra is not None and items is not None:
+                    # later micro-batches shrink the gradient of this one: what is added must come back to its share
+                    total, extra = total + mass * extra, None
                 loss = session.divide(total, mass, items, len(t))
-        extra = self.extra(t)
         if session is not None:
             session.record(t, weight, coefficient)
         return loss if extra is None else loss + extra * share

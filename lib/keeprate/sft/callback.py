@@ -22,6 +22,9 @@ class Watch(TrainerCallback):
     Attributes:
         trace: The open `Session`; None outside of training.
 
+    Raises:
+        ValueError: When the training begins, on a setting of the Trainer that this loss would ignore or get wrong.
+
     Example:
         >>> Trainer(model, args, train_dataset=data, data_collator=kr.sft.Collator(tokenizer),   # doctest: +SKIP
         ...         compute_loss_func=method, callbacks=[kr.sft.Watch(method)]).train()
@@ -32,15 +35,21 @@ class Watch(TrainerCallback):
             raise ValueError(f"Watch takes a method of kr.sft; got {type(method).__name__}")
         self.method, self.options = method, {"groups": tuple(groups), "logits": logits}
         self.trace: Session | None = None
+        self.counting = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        _check(args)
+        self.counting = False
         for left in on_model(model):  # a training that ended in an exception never said so
             left.__exit__(None, None, None)
         self.trace = Session(self.method, model, **self.options).__enter__()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trace is not None:
-            self.trace.epoch = int((state.epoch or 0) + 1e-6)
+        if self.trace is None:
+            return
+        # counted, for where a data set has no length the Trainer's epoch is no whole number between two passes
+        self.trace.epoch = self.trace.epoch + 1 if self.counting else int((state.epoch or 0) + 1e-6)
+        self.counting = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.trace is None or "loss" not in (logs or {}):
@@ -54,3 +63,22 @@ class Watch(TrainerCallback):
         if self.trace is not None:
             self.trace.__exit__(None, None, None)
             self.trace = None
+
+
+def _check(args: Any) -> None:
+    """Raise a ValueError on settings of `TrainingArguments` that a loss function of its own leaves without effect."""
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor must be 0: the Trainer ignores it beside compute_loss_func; "
+            f"got {args.label_smoothing_factor:g}"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            "n_gpu must be at most 1, for DataParallel hides the model's hidden states; use torchrun or "
+            f"accelerate launch, or one visible GPU; got {args.n_gpu}"
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            f"average_tokens_across_devices must be True, for the {args.world_size} processes share one denominator; "
+            "got False"
+        )

@@ -19,7 +19,7 @@ class CT(SFTMethod):
 
     with N_t the window of targets before t, except those equal to y_t. A token that stands in the window twice counts
     twice. The mean over these positions is added to the loss, times `weight`; where gradients are accumulated, a
-    micro-batch's mean counts by its number of targets.
+    micro-batch's mean counts by its share of the denominator.
 
     Args:
         length: Share of a sequence's targets that take part, from its beginning.

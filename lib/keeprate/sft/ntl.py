@@ -22,7 +22,7 @@ class NTL(SFTMethod):
 
     The mean over the digits of the micro-batch is added to the loss, times `weight`. The first is 0 only if all of q is
     on the right value; the second also where 4 and 6 share it and 5 is right. Where gradients are accumulated, a
-    micro-batch's mean counts by its number of targets, so it differs a little from the mean over all digits.
+    micro-batch's mean counts by its share of the denominator, so it differs a little from the mean over all digits.
 
     Args:
         loss: "was" or "mse".
@@ -86,8 +86,8 @@ class NTL(SFTMethod):
         if not len(rows) or self.weight == 0:
             return None
         digits = torch.tensor(self.digits, device=rows.device)
-        values = torch.tensor(self.values, device=rows.device, dtype=t.nll.dtype)
         q = t.head.columns(rows, digits).softmax(-1)  # m digits
+        values = torch.tensor(self.values, device=rows.device, dtype=q.dtype)
         true = values[(t.label[rows][:, None] == digits).long().argmax(1)]
         near = {
             "was": lambda: (q * (values - true[:, None]).abs()).sum(-1),

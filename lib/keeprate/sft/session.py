@@ -43,7 +43,7 @@ class Session(Listener):
     Args:
         method: The objective.
         model: A causal language model of transformers.
-        groups: Names of the token groups that a column `group` numbers from 0, for the statistics.
+        groups: Names of the token groups that a column `group` numbers from 0, for the statistics; their numbers if ().
         logits: Let the model compute all logits; for a model that changes them after the head.
         always: Take part without gradients, too (`kr.sft.weigh`).
 
@@ -61,6 +61,7 @@ class Session(Listener):
         always: bool = False,
     ):
         self.method, self.model, self.groups, self.always = method, model, tuple(groups), always
+        self.named = bool(groups)
         self.linear = None if logits else _plain_head(model)
         self.epoch = 0
         self.active = self.ran = self.checked = False
@@ -201,7 +202,13 @@ class Session(Listener):
             return loss
         shrink = before / self._mass
         held = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if held and shrink != 1:
+        if not held:
+            raise ValueError(
+                f"denominator={self.method.denominator!r} rescales the gradient of the micro-batches before, and the "
+                "model holds none: call backward after every micro-batch. Where gradients are kept elsewhere "
+                "(DeepSpeed), allowed are 'valid' and 'mean_one', or one micro-batch a step"
+            )
+        if shrink != 1:
             torch._foreach_mul_(held, shrink)
         correction = (shrink - 1) * self._value  # so that the sum of what is returned is the loss, too
         self._value = self._value * shrink + loss.detach()
@@ -222,8 +229,8 @@ class Session(Listener):
         }
         if "group" in t.columns and len(t):
             number = t.column("group").long()
-            if not self.groups:
-                self.groups = tuple(map(str, range(int(t.columns["group"].max()) + 1)))
+            if not self.named:
+                self._more_groups(int(t.columns["group"].max()) + 1)
             if not 0 <= int(number.min()) <= int(number.max()) < len(self.groups):
                 raise ValueError(
                     f"group must number the {len(self.groups)} groups {', '.join(self.groups)}; "
@@ -236,8 +243,16 @@ class Session(Listener):
         for name, value in found.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
+    def _more_groups(self, count: int) -> None:
+        """Number the groups anew if there are more than before."""
+        fresh = count - len(self.groups)
+        if fresh > 0:
+            self.groups = tuple(map(str, range(count)))
+            for name in {"force", "share", "count"} & set(self._sums):
+                self._sums[name] = torch.nn.functional.pad(self._sums[name], (0, fresh))
+
     def log(self) -> dict[str, float]:
-        """Statistics since the last call; {} if there were no tokens.
+        """Statistics since the last call, of this process; {} if there were no tokens.
 
         Returns:
             kept: share of target tokens that have a weight. weight_entropy: entropy of the weights over that of equal

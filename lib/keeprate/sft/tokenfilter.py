@@ -52,7 +52,7 @@ class TokenFilter(SFTMethod):
             hidden: The token that replaces them.
         """
         unwanted = [p > self.threshold for p in row[self.forget]]
-        labels = row.get("labels") or row["input_ids"]
+        labels = row["input_ids"] if row.get("labels") is None else row["labels"]
         return {
             **row,
             "input_ids": [hidden if gone else i for gone, i in zip(unwanted, row["input_ids"], strict=True)],

@@ -50,8 +50,8 @@ def train(
         seed: Of the order; what the model itself draws (dropout) comes from torch's generator.
         collator: Makes a batch of rows; a `Collator` that carries all columns when None.
         groups: Names of the token groups that a column `group` numbers from 0.
-        evaluate: Called with the model, in evaluation mode, after every `every` steps, before the first and after the
-            last.
+        evaluate: Called with the model, in evaluation mode and without gradients, after every `every` steps, before the
+            first and after the last.
         every: Steps between entries of the result; 0 = only before the first, if there is `evaluate`, and after the
             last.
 
@@ -84,7 +84,8 @@ def train(
         entry = {"step": step} | ({"loss": float(torch.stack(losses).mean())} if losses else {}) | trace.log()
         if evaluate is not None:
             model.eval()
-            entry |= evaluate(model)
+            with torch.no_grad():
+                entry |= evaluate(model)
             model.train()
         entries.append(entry)
 
