@@ -316,14 +316,14 @@ def best(scores: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None =
     Args:
         scores: [b, n]; ties go to the earlier token.
         count: [b] how many.
-        valid: [b, n] tokens that exist.
+        valid: [b, n] tokens that exist; scores of the others may be anything.
 
     Raises:
         ValueError: On NaN.
     """
+    scores = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
     if bool(scores.isnan().any()):
         raise ValueError(f"scores hold NaN in samples {scores.isnan().any(1).nonzero().flatten().tolist()}")
-    scores = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
     rank = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     keep = rank < count[:, None]
     return keep if valid is None else keep & valid
@@ -477,7 +477,11 @@ class MLLMMethod(Method):
 
 @dataclass(frozen=True)
 class BeforeMethod(MLLMMethod):
-    """A method between vision encoder and language model that keeps the tokens of the highest score."""
+    """A method between vision encoder and language model that keeps the tokens of the highest score.
+
+    The views of one image, an overview and tiles, share its budget; published codes often give every view the same
+    (InternVL's tiles are images of their own here, and have a budget each).
+    """
 
     def score(self, t: Visual) -> torch.Tensor:
         """Importance of every visual token, [i, n], higher = keep; padding may be anything."""
@@ -578,6 +582,14 @@ class Wrapper(MLLMMethod):
     @property
     def policy(self) -> str:
         return self.base.policy
+
+    @property
+    def budget(self) -> Budget:
+        return self.base.budget  # a base may count without being told: `keep` is None then
+
+    def parts_of(self, model: nn.Module) -> Multimodal:
+        super().parts_of(model)
+        return self.base.parts_of(model)
 
     def tower_layers(self, parts: Multimodal) -> tuple[int, ...]:
         return self.base.tower_layers(parts)
