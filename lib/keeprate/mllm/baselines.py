@@ -51,7 +51,7 @@ class UniformGrid(BeforeMethod):
         if bool((count >= t.total).all()):
             return None
         step = torch.arange(int(count.max()), device=t.x.device)
-        index = ((step + 0.5) * (t.total / count)[:, None]).long().clamp_max(t.n - 1)  # i k
+        index = ((2 * step + 1) * t.total[:, None] // (2 * count[:, None])).clamp_max(t.n - 1)  # i k, in whole numbers
         there = step < count[:, None]
         keep = torch.zeros(t.x.shape[:2], dtype=torch.int8, device=t.x.device)
         return dropped(keep.scatter_add(1, index, there.to(torch.int8)) > 0)
@@ -96,10 +96,12 @@ def block_centres(place: torch.Tensor, valid: torch.Tensor | None, count: torch.
     Args:
         place: [i, n, 3] view, row and column of each token.
         valid: [i, n] False = padding.
-        count: [i] blocks an image may have; with fewer blocks than views the last views get none.
+        count: [i] blocks an image may have. A view gets its share of them, rounded down, but one at least, which others
+            pay for; with fewer blocks than views the last views get none.
 
     Returns:
-        [i, n] position of the middle token of every token's block, -1 = padding, or a view without a block.
+        [i, n] position of the middle token of every token's block, -1 = padding, or a view without a block. An image
+        that may have a block for every token is left as it is.
     """
     i, n = place.shape[:2]
     there = torch.ones(i, n, dtype=torch.bool, device=place.device) if valid is None else valid
@@ -112,8 +114,11 @@ def block_centres(place: torch.Tensor, valid: torch.Tensor | None, count: torch.
     low = spot.new_full((i, views, 2), big).scatter_reduce(1, at, spot.masked_fill(hidden, big), "amin")
     high = spot.new_full((i, views, 2), -1).scatter_reduce(1, at, spot.masked_fill(hidden, -1), "amax")
     side = (high - low + 1).clamp_min(1)  # i views 2
-    share = (count[:, None] * tokens // tokens.sum(1, keepdim=True)).clamp_min(1)
-    share = torch.where(torch.arange(views, device=place.device) < count[:, None], share, 0)
+    used = tokens > 0
+    one = (used & (used.long().cumsum(1) <= count[:, None])).long()
+    more = (count[:, None] * tokens // tokens.sum(1, keepdim=True) - 1).clamp_min(0) * one
+    room = count[:, None] - one.sum(1, keepdim=True) - more.cumsum(1) + more  # what the views before leave
+    share = one + torch.minimum(more, room.clamp_min(0))
     rows = (side[..., 0] * (share / tokens.clamp_min(1)).sqrt()).round().long()
     rows = torch.minimum(rows, torch.minimum(side[..., 0], share)).clamp_min(1)
     cols = torch.minimum(share // rows, side[..., 1])
@@ -130,8 +135,9 @@ def block_centres(place: torch.Tensor, valid: torch.Tensor | None, count: torch.
     least = gap.new_full((i, n), float("inf")).scatter_reduce(1, label, gap, "amin")
     index = torch.arange(n, device=place.device).expand(i, n)
     near = index.masked_fill((gap > least.gather(1, label) + 1e-6) | ~there, n)
-    centre = torch.full((i, n), n, device=place.device).scatter_reduce(1, label, near, "amin")
-    return centre.gather(1, label).masked_fill(~there, -1)
+    centre = torch.full((i, n), n, device=place.device).scatter_reduce(1, label, near, "amin").gather(1, label)
+    every = (count >= tokens.sum(1))[:, None]  # also where a view is no rectangle
+    return torch.where(every, index, centre).masked_fill(~there, -1)
 
 
 @register(kind="baseline", needs=("the truth",))
@@ -149,4 +155,5 @@ class OracleVisual(BeforeMethod):
         if self.needed is None or self.needed.shape != t.x.shape[:2]:
             given = None if self.needed is None else tuple(self.needed.shape)
             raise ValueError(f"OracleVisual needs the truth of this batch, {tuple(t.x.shape[:2])}; got {given}")
-        return self.needed.to(t.x.device).float() * 2 + score.random(t.x.shape[:2], t.generator, t.x.device)
+        degree = self.needed.to(t.x.device).unique(return_inverse=True)[1]  # chance decides among equals alone
+        return degree * 2 + score.random(t.x.shape[:2], t.generator, t.x.device)
