@@ -9,19 +9,23 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import LocalOutlierFactor
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import keeprate as kr
-from keeprate.mllm import text
+from keeprate.anatomy import multimodal
+from keeprate.mllm import text, zooprune
 from keeprate.mllm.base import Visual
 from keeprate.mllm.gprune import walk
 from keeprate.mllm.mmtok import coverage
 from keeprate.mllm.scores import above_fence, local_outliers, unit_range
 from keeprate.mllm.script import redundancy
 from keeprate.mllm.tsc import clusters
-from keeprate.mllm.zooprune import sensitivity
+from keeprate.mllm.zooprune import layered_sensitivity, sensitivity, two_layers
 from keeprate.tasks import scenes
 from keeprate_kernels import farthest_point
+
+from ..conformance.multimodal import Models, inputs
 
 
 def rand(*shape, seed=0):
@@ -365,6 +369,15 @@ def test_trim_keeps_the_likest_and_the_mean_of_the_others():
         assert kr.mllm.TRIM(keep=20).before(t) is None
 
 
+@torch.no_grad()
+def test_trim_leaves_an_image_alone_that_keeps_everything():
+    """Beside a larger one; features that do not project to the tokens stand for a model that resizes them behind."""
+    x = rand(2, 12, 6)
+    valid = torch.arange(12) < torch.tensor([[5], [12]])
+    choice = kr.mllm.TRIM(keep=5).before(visual(x, valid, features=rand(2, 12, 6, seed=3)))
+    assert kept(choice) == list(range(5)) and torch.equal(choice.x[0], x[0, :5])
+
+
 def test_trim_counts_what_stands_out():
     words = F.normalize(rand(1, 1, 8), dim=-1)
     x = F.normalize(rand(1, 40, 8, seed=2) - (rand(1, 40, 8, seed=2) * words).sum(-1, keepdim=True) * words, dim=-1)
@@ -488,6 +501,120 @@ def test_sensitivity_is_the_length_of_directional_derivatives():
     got = sensitivity(project, features, directions, 1e-3)
     exact = torch.stack([torch.func.jvp(project, (features,), (u.expand_as(features),))[1] for u in directions])
     torch.testing.assert_close(got, exact.norm(dim=-1).mean(0), check_dtype=False, atol=1e-6, rtol=1e-5)
+
+
+def mlp(c, e, d, act=None, **options):
+    """A projector of two layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(c, e, **options), act or nn.GELU(), nn.Linear(e, d, **options))
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 3000, 1 << 20])
+@pytest.mark.parametrize("widths", [(6, 16, 8), (16, 6, 12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sensitivity_by_layers_is_that_of_the_projector(monkeypatch, chunk, widths, bias):
+    monkeypatch.setitem(zooprune.CHUNK, "cpu", chunk)
+    project = mlp(*widths, bias=bias)
+    features, directions = rand(3, 21, widths[0]), F.normalize(rand(5, widths[0], seed=3), dim=-1)
+    layers = two_layers(project, project, features)
+    torch.testing.assert_close(
+        layered_sensitivity(*layers, features, directions, 0.01),
+        sensitivity(project, features, directions, 0.01),
+        rtol=1e-3,
+        atol=0,
+    )
+    # in fp64 nothing but the formula is left; and no piece is larger than allowed, one token along one direction aside
+    sizes = []
+
+    def act(x):
+        sizes.append(x.numel() // widths[1] * max(widths[1:]))
+        return F.gelu(x)
+
+    weight, at, _, outer = (p.double() if isinstance(p, torch.Tensor) else p for p in layers)
+    got = layered_sensitivity(weight, at, act, outer, features.double(), directions.double(), 0.01)
+    exact = sensitivity(project.double(), features.double(), directions.double(), 0.01)
+    torch.testing.assert_close(got, exact, check_dtype=False, rtol=1e-6, atol=0)
+    assert max(sizes) <= max(chunk // 4, max(widths[1:]))
+
+
+def test_sensitivity_by_layers_takes_the_products_it_promises():
+    (c, e, d), n, m = (6, 16, 8), 3 * 21, 5
+    project, features, directions = mlp(c, e, d), rand(3, 21, c), rand(m, c, seed=3)
+    layers = two_layers(project, project, features)
+    with FlopCounterMode(display=False) as layered:
+        layered_sensitivity(*layers, features, directions, 0.01)
+    with FlopCounterMode(display=False) as general:
+        sensitivity(project, features, directions, 0.01)
+    assert layered.get_total_flops() == 2 * (n * c * e + m * c * e + m * n * e * d)
+    assert general.get_total_flops() == 2 * 2 * m * n * (c * e + e * d)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class Shared(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("project", "found"),
+    [
+        (mlp(8, 16, 8), True),
+        (mlp(8, 16, 8, nn.ReLU(), bias=False), True),
+        (nn.Sequential(mlp(8, 16, 4)), True),
+        (nn.Linear(8, 4), False),
+        (nn.Sequential(nn.LayerNorm(8), mlp(8, 16, 4)), False),
+        (mlp(8, 16, 8, nn.PReLU()), False),  # weights of its own
+        (mlp(8, 16, 8, nn.Softmax(-1)), False),
+        (mlp(8, 16, 8, nn.Softmax(1)), False),
+        (mlp(8, 16, 8, nn.LayerNorm(16, elementwise_affine=False)), False),
+        (nn.Sequential(nn.Linear(8, 16), nn.GLU(), nn.Linear(8, 4)), False),
+        (mlp(8, 16, 8, nn.Dropout(0.5)), False),
+        (Residual(*mlp(8, 16, 8)), False),
+        (Shared(*mlp(8, 16, 8)), False),
+    ],
+)
+def test_two_layers_are_found_by_what_they_do(project, found):
+    assert (two_layers(project, project, rand(2, 20, 8)) is not None) == found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return Models(tmp_path_factory.mktemp("multimodal"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl"])
+def test_zooprune_by_layers_keeps_what_the_general_way_keeps(monkeypatch, models, name, dtype):
+    model, batch = models(name, dtype), inputs(name, (((1, 2),), ((1, 1),)), (12, 9))
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    calls, layers = [], []
+    monkeypatch.setattr(zooprune, "two_layers", lambda *args: layers.append(two_layers(*args)) or layers[-1])
+    watch = multimodal(model).projector.register_forward_hook(lambda *args: calls.append(1))
+    with kr.mllm.ZOOPrune(keep=4)(model) as trace:
+        model(**batch)
+    watch.remove()
+    (known,) = layers
+    assert (known is not None) == name.startswith("llava")
+    assert (len(calls) == 2) == (known is not None)  # the model's own and the one that checks
+    monkeypatch.setattr(zooprune, "two_layers", lambda *args: None)
+    with kr.mllm.ZOOPrune(keep=4)(model) as general:
+        model(**batch)
+    torch.testing.assert_close(trace.scores[0], general.scores[0], rtol=2e-3, atol=0, equal_nan=True)
+    assert torch.equal(trace.kept[0], general.kept[0])
+
+
+@torch.no_grad()
+def test_zooprune_differences_stay_fp32_under_autocast():
+    for project in (mlp(6, 16, 8), nn.Sequential(nn.LayerNorm(6), mlp(6, 16, 8))):
+        t = visual(rand(2, 20, 8), features=rand(2, 20, 6), project=project)
+        alone = kr.mllm.ZOOPrune().score(t)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(kr.mllm.ZOOPrune().score(t), alone)
 
 
 def test_zooprune_on_a_linear_projector_is_distance_alone():

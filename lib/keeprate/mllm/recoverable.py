@@ -66,10 +66,11 @@ class RecoverableCompression(Adaptive):
             kept = seen | best(said, local_outliers(said, there, self.neighbours), there)
             centres = local_outliers(scores, there & ~kept, self.neighbours)
         else:
-            room = self.count(t, scores) - 1
-            centres = room // 3
-            seen = best(scores, room - 2 * centres, there)
+            count = self.count(t, scores)
+            centres = (count - 1) // 3
+            seen = best(scores, count - 1 - 2 * centres, there)
             kept = seen | best(said, centres, there & ~seen)
+            kept = kept | (there & (count >= t.total)[:, None])  # an image that keeps everything beside others
         centre = best(scores, centres, there & ~kept)
         others = there & ~kept & ~centre
         extra = best(scores, others.any(1).long(), others)

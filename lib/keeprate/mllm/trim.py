@@ -56,5 +56,5 @@ class TRIM(Adaptive):
         home = torch.where(kept, torch.arange(t.n, device=t.x.device), host.to(torch.uint8).argmax(1, keepdim=True))
         reduction = join(home if t.valid is None else home.masked_fill(~t.valid, -1), score=t.hide(scores))
         mean = t.project(reduction(t.features))
-        summary = host.gather(1, reduction.rep)[..., None]
+        summary = (host.gather(1, reduction.rep) & (count < t.total)[:, None])[..., None]
         return Choice(reduction, torch.where(summary, mean.to(t.x.dtype), gather_tokens(t.x, reduction.rep)))
