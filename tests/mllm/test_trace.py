@@ -1,5 +1,8 @@
 """What a trace says of several forward passes in one block."""
 
+import time
+
+import pytest
 import torch
 
 import keeprate as kr
@@ -38,3 +41,47 @@ def test_a_prompt_that_was_refused_leaves_no_trace():
         else:
             raise AssertionError("more tokens than there are were asked for")
     assert trace.runs == [] and trace.steps == []
+
+
+@torch.no_grad()
+def test_looking_on_the_way_is_part_of_deciding():
+    vlm = kr.load("llava-digits")
+    inputs = next(kr.vqa("scenes", n=1, seed=0).batches(vlm)).to(vlm.model)
+
+    class Slow(kr.mllm.FastV):
+        """Takes its time before the first layer."""
+
+        def watched(self, depth):
+            return (0,)
+
+        def observe(self, t):
+            time.sleep(0.2)
+
+    with Slow()(vlm.model) as trace:
+        vlm.model(**inputs)
+    assert len(trace.seconds) == 1 and trace.seconds[0] >= 0.2
+
+
+@torch.no_grad()
+def test_a_prompt_on_which_a_method_gave_up_leaves_no_trace():
+    vlm = kr.load("llava-digits")
+    one, two = (part.to(vlm.model) for part in kr.vqa("scenes", n=3, seed=0).batches(vlm, 2))
+
+    class Picky(kr.mllm.FastV):
+        """Refuses single prompts, in the middle of the model."""
+
+        def score(self, t):
+            if len(t.x) == 1:
+                raise ValueError("one is too few")
+            return super().score(t)
+
+    with Picky(keep=0.25)(vlm.model) as trace:
+        vlm.model(**one)
+        with pytest.raises(ValueError, match="too few"):
+            vlm.model(**two)
+        assert len(trace.runs) == len(trace.batches) == len(trace.seconds) == 1
+        vlm.model(**one)
+        with pytest.raises(ValueError, match="too few"):
+            vlm.model(**two)
+    assert trace.batches == [2, 2] and len(trace.total) == len(trace.places) == len(trace.kept[-1]) == 4
+    assert trace.counts()[:, -1].tolist() == [36] * 4

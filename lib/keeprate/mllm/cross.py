@@ -1,6 +1,5 @@
 """The session for models that read images through cross-attention: fewer features from the second such layer on."""
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from keeprate import select
 from keeprate.anatomy import Multimodal
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.kv.cache import take_over
-from keeprate.mllm.session import MLLMTrace, alone
+from keeprate.mllm.session import MLLMTrace, Stopwatch, alone
 from keeprate.mllm.trimmedllama import TrimmedLlama
 from keeprate.reduce import gather_tokens
 from keeprate.trace import Step
@@ -142,9 +141,10 @@ class CrossSession(Listener):
         count, least = self.method.budget.tokens, int(valid.sum(1).min())
         if count is not None and count > least:
             raise ValueError(f"TrimmedLlama cannot keep {count} features a head: a sample has {least}")
-        began = time.perf_counter()
-        stays, scores = self.method.features(view, self.rows, valid)
-        self.trace.seconds.append(time.perf_counter() - began)
+        watch = Stopwatch()
+        with watch.running(view.k.device):
+            stays, scores = self.method.features(view, self.rows, valid)
+        self.trace.seconds.append(watch.read())
         self._record(stays, valid, scores)
         if bool((stays == valid).all()):
             return

@@ -39,7 +39,7 @@ class MLLMTrace(Trace):
         total: [b] visual tokens each sample came with.
         places: [b, n0, 4] image of the sample, view, row and column of each visual token, -1 = none (padding, a line
         end).
-        seconds: Time spent in the method's decisions, one number a forward pass.
+        seconds: Time spent in the method's decisions, and in what it looks at on the way, one number a forward pass.
     """
 
     total: torch.Tensor | None = None
@@ -83,6 +83,37 @@ def _untouched(total: torch.Tensor) -> Step:
     there = number < total[:, None]
     kept = number.masked_fill(~there, -1)
     return Step(0, kept, there.long(), kept)
+
+
+class Stopwatch:
+    """Adds up what blocks of work take; on a GPU the time between the two ends of each on its stream, without waiting.
+
+    A clock on the CPU would charge a block that waits for a result with all the work queued before it.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.marks: list[list[torch.cuda.Event]] = []  # beginning and end of every block
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Measure the work of the block on a device."""
+        if device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - began
+            return
+        marks, stream = [torch.cuda.Event(enable_timing=True) for _ in range(2)], torch.cuda.current_stream(device)
+        marks[0].record(stream)
+        yield
+        marks[1].record(stream)
+        self.marks.append(marks)
+
+    def read(self) -> float:
+        """Seconds so far; waits until the GPU has done the last block."""
+        if self.marks:
+            self.marks[-1][1].synchronize()
+        return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.marks) / 1e3
 
 
 _active: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -199,7 +230,7 @@ class MLLMSession(Listener):
         self.ids = torch.arange(n, device=x.device).expand(b, n)
         self.valid: torch.Tensor | None = None
         self.version, self.shortened, self.made = 0, False, {}
-        self.n, self.spent = n, 0.0
+        self.n, self.watch = n, Stopwatch()
         self.positions = _positions(kwargs.get("position_ids"), x, seen)
         if self.prompt:
             self._begin(x, visual, kwargs.get("attention_mask"))
@@ -234,20 +265,17 @@ class MLLMSession(Listener):
                 raise ValueError(
                     f"{self.method.name} cannot keep {count} tokens: a sample has {int(counts.min())} visual ones"
                 )
-        trace = self.trace
-        trace.runs.append([])
-        trace.batches.append(b)
-        trace.total = counts if trace.total is None else torch.cat([trace.total, counts])
+        self.total, self.run = counts, []
 
     def _after(self, body: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.prompt:
             return output
-        self.trace.seconds.append(self.spent)
         if self.method.output_aware and self.cache and self.shortened:
             self._trim()
         if self.parts.depth in self.watched:
-            self.method.observe(self._step(self.parts.depth, output[0]))
+            self._observe(self.parts.depth, output[0])
         self.prompt = False
+        self._commit()
         x = output[0]
         if self.shortened:
             if self.valid is not None:
@@ -258,6 +286,21 @@ class MLLMSession(Listener):
                 return (x, *output[1:])
             output.last_hidden_state = x
         return output
+
+    def _commit(self) -> None:
+        """Write a prompt that came through into the trace."""
+        trace, table = self.trace, self.table
+        trace.runs.append(self.run)
+        trace.batches.append(len(table))
+        trace.total = self.total if trace.total is None else torch.cat([trace.total, self.total])
+        trace.seconds.append(self.watch.read())
+        if table[..., 2:].numel():
+            trace.grid = tuple((table[..., 2:].flatten(0, 1).amax(0) + 1).tolist())
+        if trace.places is not None:
+            width = max(trace.places.shape[1], table.shape[1])
+            both = (trace.places, table)
+            table = torch.cat([nn.functional.pad(t, (0, 0, 0, width - t.shape[1]), value=-1) for t in both])
+        trace.places = table
 
     def _trim(self) -> None:
         """Cut the cache of every layer to the tokens that the last layer still had."""
@@ -282,7 +325,7 @@ class MLLMSession(Listener):
             if number == 0:
                 self.full, self.text_positions = kwargs["position_embeddings"], kwargs.get("position_ids")
             if self.prompt and number in self.watched:
-                self.method.observe(self._step(number, x))
+                self._observe(number, x)
             if self.prompt and number == 0:
                 x = self._apply_before(x)
             if self.prompt and number in self.stages and not self.method.middle:
@@ -416,24 +459,16 @@ class MLLMSession(Listener):
         there = torch.ones_like(at, dtype=torch.bool) if kept.valid is None else kept.valid
         rows = row[:, None].expand_as(at)
         table[rows[there], at[there]] = place[there]
-        old = self.trace.places
-        if old is not None:
-            width = max(old.shape[1], table.shape[1])
-            pad = [nn.functional.pad(t, (0, 0, 0, width - t.shape[1]), value=-1) for t in (old, table)]
-            table = torch.cat(pad)
-        self.trace.places = table
-        if table[..., 2:].numel():
-            self.trace.grid = tuple((table[..., 2:].flatten(0, 1).amax(0) + 1).tolist())
+        self.table = table
 
     def _apply_before(self, x: torch.Tensor) -> torch.Tensor:
         visual, row, slot = self._visual(x)
-        began = time.perf_counter()
-        choice = self.method.before(visual)
-        if isinstance(choice, torch.Tensor):
-            choice = dropped(choice)
-        if isinstance(choice, Reduction):
-            choice = Choice(choice)
-        self.spent += time.perf_counter() - began
+        with self.watch.running(x.device):
+            choice = self.method.before(visual)
+            if isinstance(choice, torch.Tensor):
+                choice = dropped(choice)
+            if isinstance(choice, Reduction):
+                choice = Choice(choice)
         if choice is None:
             return x
         reduction, values = choice.reduction, choice.x
@@ -468,13 +503,17 @@ class MLLMSession(Listener):
             self,
         )
 
+    def _observe(self, number: int, x: torch.Tensor) -> None:
+        step = self._step(number, x)
+        with self.watch.running(x.device):
+            self.method.observe(step)
+
     def _apply_inside(self, number: int, x: torch.Tensor) -> torch.Tensor:
         step = self._step(number, x)
         if step.v == 0:
             return x
-        began = time.perf_counter()
-        choice = self.method.inside(step)
-        self.spent += time.perf_counter() - began
+        with self.watch.running(x.device):
+            choice = self.method.inside(step)
         if choice is None:
             return x
         if isinstance(choice, torch.Tensor):
@@ -562,7 +601,7 @@ class MLLMSession(Listener):
         order, real = select.positions(rep, 1)
         slot = (rep.long().cumsum(1) - 1).gather(1, self.home.clamp_min(0)).masked_fill(~there, -1)
         kept = order.masked_fill(~real, -1)
-        self.trace.runs[-1].append(Step(number, kept, size.gather(1, order) * real, slot, scores))
+        self.run.append(Step(number, kept, size.gather(1, order) * real, slot, scores))
 
     # --- what methods ask for -----------------------------------------------------------------------------------------
 
@@ -579,7 +618,7 @@ class MLLMSession(Listener):
 
     def places(self) -> torch.Tensor:
         """[b, n0, 4], see `MLLMTrace.places`."""
-        return self.trace.places[-len(self.ids) :, : self.home.shape[1]]
+        return self.table
 
     def of_tokens(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """What the encoder says of visual tokens, all images behind each other, sample by sample.
