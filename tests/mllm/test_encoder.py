@@ -3,6 +3,8 @@
 Each fact is checked against the encoder run on its own, or against coordinates worked out by hand.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids
@@ -131,8 +133,9 @@ def test_attention_is_that_of_the_encoder(seen, models, name):
                 own = eager(pixels, output_attentions=True).attentions[layer]
             torch.testing.assert_close(own, torch.cat(probs), rtol=1e-4, atol=1e-5)
         prefix = parts.prefix
-        column = [p[..., prefix:].mean(2) for p in probs]  # b h n
+        column = [p[..., prefix:].sum(2) for p in probs]  # b h n
         column = torch.cat(column, 2) if name == "qwen2_5_vl" else torch.cat(column)
+        column = column / _rows(s)
         torch.testing.assert_close(encoder.received(layer), encoder.tokens(column.transpose(1, 2)), equal_nan=True)
         assert encoder.received(layer).shape == (len(s.features), parts.tower_attention[0].num_heads)
         if parts.has_cls:
@@ -148,6 +151,37 @@ def test_attention_is_that_of_the_encoder(seen, models, name):
 def _tiles(picture, s) -> int:
     """Tiles of an AnyRes picture, the overview included."""
     return len(picture.data["pixel_values"][0])
+
+
+def _rows(s) -> torch.Tensor:
+    """Query rows of every patch's picture: what lies outside a window pays nothing."""
+    if s.name != "qwen2_5_vl":
+        return torch.tensor(s.encoder.views[0][0].q.shape[2])
+    rows = s.batch["image_grid_thw"].prod(1)
+    return rows.repeat_interleave(rows)
+
+
+def test_a_small_window_at_the_border_is_no_advantage(models):
+    """Where every patch looks at all of its window alike, all receive alike, wherever windows are cut."""
+    s = Seen(models("qwen2_5_vl"), "qwen2_5_vl", (((1.25, 1.25),), ((1, 1.5),)))
+    views = s.encoder.views[0]
+    assert len({view.q.shape[2] for view in views}) > 1  # 5 x 5 tokens in windows of 2 x 2
+    s.encoder.views[0] = [replace(view, q=torch.zeros_like(view.q)) for view in views]
+    received, lengths = s.encoder.received(0), s.encoder.lengths
+    want = torch.repeat_interleave(1 / (4 * torch.tensor(lengths)), torch.tensor(lengths))
+    torch.testing.assert_close(received, want[:, None].expand_as(received))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-siglip"])
+def test_features_must_be_those_of_the_patches(models, name):
+    """With the class token among the visual tokens, or without the first patch, scores would stand at other tokens."""
+    model, batch = models(name), inputs(name, (((1, 1),),), (12,))
+    wrong = "full" if name == "llava" else "default"
+    method, refused = kr.mllm.RandomVisual(keep=0.5), f"vision_feature_select_strategy.*got '{wrong}'"
+    with torch.no_grad(), pytest.raises(ValueError, match=refused), method(model):
+        model(**batch, vision_feature_select_strategy=wrong)
+    with torch.no_grad(), method(model):
+        model(**batch)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -66,6 +66,7 @@ class Encoder(Listener):
     def _encode(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         self.clear()
         self._given = inspect.signature(encode).bind(*args, **kwargs).arguments
+        self._check_selection()
         self._encoding = True
         try:
             output = encode(*args, **kwargs)
@@ -73,6 +74,15 @@ class Encoder(Listener):
             self._encoding = False
         self.lengths = [len(tokens) for tokens in output.pooler_output]
         return output
+
+    def _check_selection(self) -> None:
+        """Visual tokens must be the patches, all of them: scores are counted by patch."""
+        key, config = "vision_feature_select_strategy", self.parts.inner.config
+        given = self._given.get(key) or getattr(config, key, None)  # None: a model that has no such choice
+        wanted = "default" if self.parts.has_cls else "full"
+        if given not in (None, wanted):
+            reason = "has a class token, which is no patch" if self.parts.has_cls else "has no class token to leave out"
+            raise ValueError(f"{key} must be {wanted!r}: the vision encoder of this model {reason}; got {given!r}")
 
     def _pack(self, pack: Callable, *args: Any, **kwargs: Any) -> Any:
         self._packed = inspect.signature(pack).bind(*args, **kwargs).arguments
@@ -132,8 +142,8 @@ class Encoder(Listener):
         device = self._input.device
         if self.parts.windowed:
             side = round(self.group**0.5)
-            grids = (self._given["image_grid_thw"] // torch.tensor([1, side, side], device=device)).tolist()
-            return torch.cat([_raster(*grid, device) for grid in grids])
+            grids = self._given["image_grid_thw"].tolist()
+            return torch.cat([_raster(frames, h // side, w // side, device) for frames, h, w in grids])
         if self._packed:
             views = [torch.arange(len(v), device=device) for v in self._packed["image_features"]]
             n = self._input.shape[1]
@@ -144,7 +154,11 @@ class Encoder(Listener):
         return _raster(1, round(n**0.5), n // round(n**0.5), device).repeat(len(views), 1)
 
     def features(self) -> torch.Tensor:
-        """[tokens, c] what the projector turns into visual tokens; zero at line ends."""
+        """[tokens, c] what the projector turns into visual tokens; zero at line ends.
+
+        LLaVA-OneVision resizes large images behind its projector. Here their features are resized in front of it, so
+        that what is projected from them comes near those tokens, but is not equal to them.
+        """
         x = self._input
         if self.parts.windowed:
             return self._unwindow(x.unflatten(0, (-1, self.group)).flatten(1))
@@ -180,14 +194,23 @@ class Encoder(Listener):
         return self.tokens(torch.cat(heads).transpose(1, 2))
 
     def received(self, layer: int) -> torch.Tensor:
-        """[tokens, h] attention received, mean over query rows, by head."""
-        heads = [score.attention_received(view, self.parts.prefix) for view in self._at(layer)]
-        return self.tokens(_join(heads, -1).transpose(1, 2))
+        """[tokens, h] attention received, mean over the query rows of the image (of the view), by head.
+
+        In a block that attends in windows, rows of other windows pay nothing: a small window at the border is no
+        advantage.
+        """
+        views = self._at(layer)
+        if self.parts.windowed:
+            rows = self._given["image_grid_thw"].prod(1)  # windows of an image stand behind each other
+            total = _join([view.received() for view in views], -1)
+            return self.tokens((total / rows.repeat_interleave(rows).to(total.device)).transpose(1, 2))
+        heads = [score.attention_received(view, self.parts.prefix) for view in views]
+        return self.tokens(_join(heads, 0).transpose(1, 2))
 
     def keys(self, layer: int, values: bool = False) -> torch.Tensor:
-        """[tokens, h, d] keys, or values, of the patches."""
+        """[tokens, h, d] keys (rotated, where the encoder has rotary embeddings), or values, of the patches, fp32."""
         parts = [(view.v if values else view.k)[:, :, self.parts.prefix :].float() for view in self._at(layer)]
-        x = _join(parts, 2).transpose(1, 2)
+        x = _join(parts, 2 if self.parts.windowed else 0).transpose(1, 2)
         return self.tokens(x.flatten(2)).unflatten(1, x.shape[2:])
 
     def one_head(self, layer: int) -> torch.Tensor:
