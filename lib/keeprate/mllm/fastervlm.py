@@ -14,7 +14,8 @@ from keeprate.mllm.base import BeforeMethod, Visual
 class FasterVLM(BeforeMethod):
     """Score a token by the attention of the class token, mean over heads, in the block that gives the features.
 
-    Without a class token: the attention received, mean over query rows.
+    Without a class token: the attention received, mean over query rows. The published code keeps as many tokens of
+    every view of an image; here an image's views share its budget.
 
     Source: Zhang et al. 2024 (2412.01818).
     """

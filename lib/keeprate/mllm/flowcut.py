@@ -120,7 +120,7 @@ class PruningEncoder(Encoder):
             args, kwargs = self._hide(y, args, kwargs)
         y = forward(y, *args, **kwargs)
         if number <= self.last:
-            self._score(x)
+            self._score()
             if (self.last - number) % self.method.every == 0:
                 self._prune(target, self.last - number)
             self.view = None
@@ -135,7 +135,8 @@ class PruningEncoder(Encoder):
         mask = mask.masked_fill(~there, torch.finfo(x.dtype).min)
         return ((mask, *args[1:]), kwargs) if args else (args, kwargs | {"attention_mask": mask})
 
-    def _score(self, x: torch.Tensor) -> None:
+    def _score(self) -> None:
+        """Let the running scores take in the block that has just attended."""
         flow, self.relation = information_flow(self.view, self.parts.prefix, self.valid)
         if self.scores is None:
             self.scores = flow

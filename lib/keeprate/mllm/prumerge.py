@@ -19,7 +19,7 @@ OUTLIERS = Budget(threshold=1.5)  # interquartile ranges above the third quartil
 @register(kind="merging", needs=("class attention", "keys", "features"))
 @dataclass(frozen=True)
 class PruMerge(BeforeMethod):
-    """Keep the outliers of a = softmax(q_cls k) of the last block, computed as if it had one head.
+    """Keep the outliers of a = softmax(q_cls k / sqrt(c)) of the last block, as if it had one head of width c.
 
     The score is (a - Q3) / (Q3 - Q1), with quartiles over the image, so that a threshold of 1.5 is the outlier rule. A
     kept token becomes x_i + sum of a_j x_j over the `neighbours` tokens j, kept ones too, whose keys are nearest to its
