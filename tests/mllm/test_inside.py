@@ -20,6 +20,7 @@ from keeprate.mllm import (
     FiCoCo,
     Knee,
     MustDrop,
+    PyramidDrop,
     Simignore,
     SparseVLM,
     TransPrune,
@@ -32,6 +33,8 @@ from keeprate.mllm.mustdrop import merge_windows
 from keeprate.mllm.sparsevlm import density_peaks, raters, recycle
 from keeprate.mllm.staged import at_depth
 from keeprate.mllm.transprune import transition
+
+from ..conformance.multimodal import Models, inputs
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**31 - 1)
@@ -120,7 +123,16 @@ def test_one_share_is_approached_with_equal_ratios_and_met(model, prompt) -> Non
     assert all(len(row) == 5 for row in kept(trace)[-1])
 
 
-@pytest.mark.parametrize("method", [SparseVLM(keep=(0.5, 0.25)), BTP(keep=(0.5, 0.25)), MustDrop(keep=(0.5,))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SparseVLM(keep=(0.5, 0.25)),
+        BTP(keep=(0.5, 0.25)),
+        MustDrop(keep=(0.5,)),
+        PyramidDrop(keep=(0.5, 0.25)),
+        PyramidDrop(keep=(0.5, 0.25, 0.1, 0.1)),
+    ],
+)
 def test_a_schedule_of_another_length_is_refused(method, model) -> None:
     with pytest.raises(ValueError, match="one entry each"):
         method.layers_at(DEPTH)
@@ -566,3 +578,23 @@ def test_padding_is_refused_where_it_cannot_be_read() -> None:
         AttentionDebiasing(base=FasterVLM(), padding=0.5)
     with pytest.raises(ValueError, match=r"padding must be a number in \[0, 1\]; got 2"):
         AttentionDebiasing(padding=2)
+
+
+@pytest.mark.parametrize("checkpoint", ["llava", "llava-siglip", "llava_next", "internvl"])
+def test_padding_is_found_in_every_view_and_for_every_beam(checkpoint: str, tmp_path) -> None:
+    model, batch = Models(tmp_path)(checkpoint), inputs(checkpoint, (((2, 1.5),), ((1, 1.5), (1, 1))), (12, 16))
+    half = batch["pixel_values"].shape[-2] // 2
+    batch["pixel_values"][..., :half, :] = 0.1  # of every tile
+    with torch.no_grad(), AttentionDebiasing(padding=0.5, keep=0.99)(model) as trace:
+        model.generate(**batch, max_new_tokens=1, num_beams=2, do_sample=False, pad_token_id=0)
+    row, number = trace.places[..., 2], torch.arange(trace.places.shape[1])
+    shown = ((row < 0) | (row >= trace.grid[0] // 2)) & (number < trace.total[:, None])  # line ends are no padding
+    assert len(row) == 4 and torch.equal(trace.mask(), shown)
+
+
+def test_padding_is_refused_where_pictures_keep_their_shape(tmp_path) -> None:
+    with (
+        pytest.raises(ValueError, match="no meaning on qwen2_5_vl"),
+        AttentionDebiasing(padding=0.5)(Models(tmp_path)("qwen2_5_vl")),
+    ):
+        pass

@@ -19,14 +19,15 @@ class TransPrune(StagedMethod):
     Transition of a block with normalised input u and output o, before the residual:
     (||o_n|| / ||u_n||) softmax_n(1 - cos(u_n, o_n)), softmax over the sequence; attention and MLP are added, and layers
     from the one before the first cut on add up. Guidance is the attention of the question's rows in the layer about to
-    run, mean over heads and rows. Both are divided by their sums over the visual tokens.
+    run, mean over heads and rows. Both are divided by their sums over the visual tokens. All this is the published
+    code; the paper's equation 2 has 1 - |cos|.
 
     Args:
         keep: Shares left by each cut.
         layers: 0-based layers of the cuts; None = 7, 9 and 12 of 32, scaled to the depth.
         guidance: Weight of the second term, which is 1 in the paper; 0 = transition alone.
 
-    Source: Li et al. 2025 (2507.20630).
+    Source: Li et al. 2025 (2507.20630) and its code.
     """
 
     text_guided: ClassVar[bool] = True
