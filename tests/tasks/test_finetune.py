@@ -313,6 +313,20 @@ def test_public_rows_have_the_same_form(tokenizer, tmp_path):
     assert torch.equal(noisy.labels, noisy.input_ids.where(noisy.group >= 0, finetune.IGNORED))
 
 
+def test_long_public_rows_end_within_the_limit(tokenizer, tmp_path):
+    """An answer that is cut is not taught to end there."""
+    long = "one two three four five " * 200
+    lines = [{"instruction": "Say it.", "output": long if i % 2 else "Done."} for i in range(64)]
+    lines += [{"instruction": long, "output": long}] * 8
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    drawn = finetune.sample(tokenizer, str(tmp_path / "rows.jsonl"), n=100, seed=1)
+    assert drawn.input_ids.shape[1] == finetune.instructions.LONGEST
+    whole = (drawn.input_ids == tokenizer.eos_token_id).any(1)
+    full = drawn.attention_mask.sum(1) == finetune.instructions.LONGEST
+    assert torch.equal(whole, ~full) and whole.any() and full.any()
+    assert int((drawn.labels[full] == finetune.IGNORED).sum(1).max()) == 1 + finetune.instructions.LONGEST // 2
+
+
 def test_public_rows_that_do_not_fit(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"instruction": "a", "text": "b"})] * 16))
     with pytest.raises(ValueError, match="has the columns instruction, text; needed: messages, or one of instruction"):

@@ -14,7 +14,7 @@ from keeprate.tasks import docs
 from keeprate.tasks.finetune.records import BLOCKS, SPLITS, STRETCH, Piece, Records, pad
 from keeprate.tasks.reading import SUFFIXES
 
-LONGEST = 512  # tokens of a row; what is longer loses the end of its answer
+LONGEST = 512  # tokens of a row: a prompt loses what is beyond half of it, an answer its end where no room is left
 PROMPTS, ANSWERS = ("instruction", "question", "prompt"), ("output", "answer", "response", "completion")
 
 
@@ -87,8 +87,9 @@ def _pieces(tokenizer: Any, source: str, row: Mapping[str, Any]) -> list[Piece]:
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
     start = docs.first_token(tokenizer)
     first = first[first[:1] == [start] :][: LONGEST // 2]
-    second = second[: LONGEST - 1 - len(first)]
-    return [(first, -1, -1), ([*second, tokenizer.eos_token_id], 1, -1)]
+    # an answer that is cut does not end there, so it loses the last token as well
+    second = [*second, tokenizer.eos_token_id][: LONGEST - 1 - len(first)]
+    return [(first, -1, -1), (second, 1, -1)]
 
 
 def _noisy(drawn: Records, rng: np.random.Generator, noise: float) -> Records:
