@@ -83,6 +83,18 @@ def test_the_classifier_is_better_on_rows_it_has_not_seen_than_chance(loaded, mo
     assert measure.separation(sft.TokenFilter(), loaded.model, rows[40:]) > 0.7
 
 
+def test_what_a_score_is_held_against_was_not_told_before(loaded, monkeypatch):
+    """TokenFilter's classifier is fitted on the first rows; a method's AUROC is taken on the last ones."""
+    monkeypatch.setattr(measure, "ANNOTATED_ROWS", 60)
+    monkeypatch.setattr(measure, "PROBE_ROWS", 16)
+    recipe = finetune.Recipe(lr=1e-3, steps=2, warmup=1, batch=4, rows=80)
+    task = measure.Material(loaded.model, loaded.processor, "documents", recipe=recipe, tested=8)
+    method = sft.TokenFilter()
+    rows = task.prepared(method)
+    _, told = measure.run(task, "TokenFilter", method, points=1)
+    assert told.auroc[0] == measure.separation(method, loaded.model, rows[64:])
+
+
 def test_study_trains_every_method_from_the_same_weights(loaded):
     before = copy.deepcopy(loaded.model.state_dict())
     recipe = finetune.Recipe(lr=1e-3, steps=4, warmup=1, batch=4, rows=24)

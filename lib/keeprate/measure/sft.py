@@ -27,8 +27,8 @@ from keeprate.tasks import finetune
 SFT, ORACLE, EVOLVING = "SFT", "Oracle", "TokenCleaning(evolving)"
 REFERENCE_ROWS = 256  # rows without noise for the reference model, an eighth of the recipe's
 SHUFFLED_SHARE = 0.05  # of the rows whose outputs are exchanged for SHAD; 1 % of so few rows would be twenty
-PROBE_ROWS = 32  # training rows on which a method's scores are held against the truth
-ANNOTATED_ROWS = 128  # rows whose groups TokenFilter's classifier is fitted on
+PROBE_ROWS = 32  # training rows, the last, on which a method's scores are held against the truth
+ANNOTATED_ROWS = 128  # rows, the first, whose groups TokenFilter's classifier is fitted on
 
 
 def recipe(kind: str, lr: float = 0.0, steps: int = 0, rows: int = 0) -> finetune.Recipe:
@@ -276,7 +276,7 @@ def run(material: Material, name: str, method: sft.SFTMethod, points: int = 3) -
         ValueError: As `Material.prepared`.
     """
     rows = material.oracle if name == ORACLE else material.rows if name == EVOLVING else material.prepared(method)
-    probe = rows[:PROBE_ROWS]
+    probe = rows[-PROBE_ROWS:]
     begin = time.perf_counter()
 
     first = iter([material.begin])
@@ -299,13 +299,14 @@ def run(material: Material, name: str, method: sft.SFTMethod, points: int = 3) -
 def _evolve(
     material: Material, method: sft.SFTMethod, evaluate: Callable[[nn.Module], dict[str, float]]
 ) -> tuple[nn.Module, pd.DataFrame]:
-    """Self-evolving cleaning with as many steps as the others, spread evenly over the rounds."""
+    """Self-evolving cleaning in four rounds of a quarter of the others' steps each, rounded down."""
     model, parts, told = copy.deepcopy(material.model), 4, [{"step": 0} | evaluate(material.model)]
     recipe, each = material.recipe, material.recipe.steps // 4
 
     def train(model: nn.Module, rows: list[dict[str, Any]], method: sft.SFTMethod) -> None:
         torch.manual_seed(material.seed)
-        # the rate of the whole run's schedule, on average, so that rounds do not begin anew at the peak
+        # A round begins where the whole run's schedule stands, not at its peak anew, and falls to zero: the mean rate
+        # over all rounds is five eighths of the others'.
         behind = len(told) - 1
         lr = recipe.lr * (parts - behind) / parts
         last = sft.train(
