@@ -3,6 +3,7 @@
 Each fact is checked against the encoder run on its own, or against coordinates worked out by hand.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,33 @@ def test_places_of_any_resolution_by_hand(seen):
         [1 + 2 * (r // 4) + (c // 4), r % 4, c % 4] if c < 7 else [-1, -1, -1] for r in range(8) for c in range(1, 8)
     ]
     assert places[16:] == tiles
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 1.5), (1, 3)])
+def test_places_where_tiles_are_resized_together(models, size):
+    """Between two tiles a token lies in the one that it is made of most, never in a third."""
+    s = Seen(models("llava_onevision"), "llava_onevision", ((size,),))
+    picture = s.drawn[0]
+    place = s.encoder.places()[16:].view(picture.ends, -1, 3)
+    assert (place[:, -1] == -1).all()
+    view, row, column = place[:, :-1].unbind(-1)
+    across = math.ceil(size[1])
+    sides = [round(4 * x) for x in size]  # patches of the picture
+    cut = (4 * across - sides[1]) // 2  # of the tiles, on both sides
+    assert view.shape[0] < sides[0] and view.shape[1] < sides[1]
+    have = (view - 1) // across * 4 + row, (view - 1) % across * 4 + column - cut
+    for i, (at, side) in enumerate(zip(have, sides, strict=True)):
+        new = view.shape[i]
+        middle = ((torch.arange(new) + 0.5) * side / new - 0.5).unflatten(0, (-1, 1) if i == 0 else (1, -1))
+        assert (at - middle).abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-siglip"])
+def test_the_layer_of_the_features_is_the_models_own(models, name):
+    model, batch = models(name), inputs(name, (((1, 1),),), (12,))
+    method = kr.mllm.FasterVLM(keep=0.5)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"vision_feature_layer.*got -4"), method(model):
+        model(**batch, vision_feature_layer=-4)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

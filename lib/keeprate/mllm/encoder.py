@@ -76,13 +76,16 @@ class Encoder(Listener):
         return output
 
     def _check_selection(self) -> None:
-        """Visual tokens must be the patches, all of them: scores are counted by patch."""
+        """Visual tokens must be the patches, all of them, at the block that `parts` names: scores are read there."""
         key, config = "vision_feature_select_strategy", self.parts.inner.config
         given = self._given.get(key) or getattr(config, key, None)  # None: a model that has no such choice
         wanted = "default" if self.parts.has_cls else "full"
         if given not in (None, wanted):
             reason = "has a class token, which is no patch" if self.parts.has_cls else "has no class token to leave out"
             raise ValueError(f"{key} must be {wanted!r}: the vision encoder of this model {reason}; got {given!r}")
+        given, own = self._given.get("vision_feature_layer"), getattr(config, "vision_feature_layer", None)
+        if given not in (None, own):
+            raise ValueError(f"vision_feature_layer must be that of the model's configuration, {own!r}; got {given!r}")
 
     def _pack(self, pack: Callable, *args: Any, **kwargs: Any) -> Any:
         self._packed = inspect.signature(pack).bind(*args, **kwargs).arguments
@@ -138,18 +141,25 @@ class Encoder(Listener):
         return self.tokens(torch.zeros(*self._input.shape[:2], 1, device=self._input.device))[:, 0].isnan()
 
     def places(self) -> torch.Tensor:
-        """[tokens, 3] view (0 = the whole image), row and column of every token in it; -1 = line end."""
+        """[tokens, 3] view (0 = the whole image), row and column of every token in it; -1 = line end.
+
+        Where a model resizes tiles together, a token lies in the tile that it is made of most.
+        """
         device = self._input.device
         if self.parts.windowed:
             side = round(self.group**0.5)
             grids = self._given["image_grid_thw"].tolist()
             return torch.cat([_raster(frames, h // side, w // side, device) for frames, h, w in grids])
         if self._packed:
-            views = [torch.arange(len(v), device=device) for v in self._packed["image_features"]]
+            views = torch.cat([torch.arange(len(v), device=device) for v in self._packed["image_features"]])
             n = self._input.shape[1]
-            place = _raster(1, round(n**0.5), n // round(n**0.5), device)[:, 1:].expand(sum(map(len, views)), -1, -1)
-            place = torch.cat([torch.cat(views)[:, None, None].expand(-1, n, 1), place], 2)
-            return self.tokens(place.float()).nan_to_num(-1).round().long()
+            spot = _raster(1, round(n**0.5), n // round(n**0.5), device).float()
+            spot[:, 0] = 1.0
+            sent = nn.functional.one_hot(views)[:, None, :, None] * spot[:, None]  # views n view (share, row, column)
+            place = self.tokens(sent.flatten(2)).unflatten(1, (-1, 3))
+            share, view = place[..., 0].max(1)
+            spot = place.gather(1, view[:, None, None].expand(-1, 1, 3))[:, 0, 1:] / share[:, None]
+            return torch.cat([view[:, None], spot.round()], 1).masked_fill(share.isnan()[:, None], -1).long()
         views, n = self.lengths, self.lengths[0]  # InternVL's tiles are images of their own
         return _raster(1, round(n**0.5), n // round(n**0.5), device).repeat(len(views), 1)
 
