@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from keeprate.budget import Budget
 from keeprate.check import choice
@@ -58,10 +59,14 @@ def local_outliers(
     k = min(neighbours, scores.shape[1] - 1)
     if k < 1:
         return torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-    scores = scores.double()
-    gap = (scores[:, :, None] - scores[:, None]).abs().masked_fill(~there[:, None], float("inf"))
-    gap.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    # in a sorted line the k nearest stand among the k on either side: no n x n
+    line, order = scores.double().masked_fill(~there, float("inf")).sort(1)
+    there = there.gather(1, order)
+    beside = F.pad(line, (k, k), value=float("inf")).unfold(1, 2 * k + 1, 1)  # i n 2k + 1
+    gap = (beside - line[..., None]).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    gap[..., k] = float("inf")  # oneself
     near, index = gap.topk(k, largest=False)  # i n k
+    index = (index + torch.arange(line.shape[1], device=line.device)[:, None] - k).clamp(0, line.shape[1] - 1)
     real = near.isfinite()
     many = real.sum(-1).clamp_min(1)
     far = near.masked_fill(~real, 0.0).amax(-1)  # k-distance
