@@ -296,6 +296,7 @@ def test_a_training_that_failed_leaves_no_trace_on_the_next(llama, data, tmp_pat
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.*got 0.1"),
         ({"n_gpu": 2}, "n_gpu must be at most 1.*got 2"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
+        ({"world_size": 2, "ddp_static_graph": True}, "ddp_static_graph must be False"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(llama, data, tmp_path, options, told):
@@ -341,6 +342,31 @@ def test_passes_are_counted_where_nobody_knows_their_length(llama, data, tmp_pat
     watch = next(c for c in done.callback_handler.callbacks if isinstance(c, Watch))
     done.train()
     assert seen == [0, 0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("denominator", ["valid", "kept", "weight_sum"])
+def test_a_loss_may_be_scaled_where_it_lies(llama, data, denominator):
+    """The Trainer multiplies what it was given by the number of processes, in place."""
+    method = kr.sft.Rho1(scope="sequence", denominator=denominator)
+    parts = (data[:1], data[1:4], data[4:6])
+    items = torch.tensor(sum(len(row["labels"]) - 3 for part in parts for row in part))
+
+    def total(parts, scale):
+        llama.zero_grad()
+        with method(llama):
+            found = 0.0
+            for part in parts:
+                made = Collator(pad=0)(part)
+                labels = made.pop("labels")
+                loss = method(llama(**made), labels, items)
+                loss *= scale
+                loss.backward()
+                found += float(loss.detach()) / scale
+        return found
+
+    whole = total([data[:6]], 1)
+    assert total(parts, 1) == pytest.approx(whole, rel=1e-5)
+    assert total(parts, 4) == pytest.approx(whole, rel=1e-5)
 
 
 def test_gradients_that_are_out_of_reach_are_missed(llama, data):

@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
         self.counting = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        _check(args)
+        _check(args, self.options["logits"])
         self.counting = False
         for left in on_model(model):  # a training that ended in an exception never said so
             left.__exit__(None, None, None)
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
             self.trace = None
 
 
-def _check(args: Any) -> None:
+def _check(args: Any, logits: bool) -> None:
     """Raise a ValueError on settings of `TrainingArguments` that a loss function of its own leaves without effect."""
     if args.label_smoothing_factor:
         raise ValueError(
@@ -76,6 +76,11 @@ def _check(args: Any) -> None:
         raise ValueError(
             "n_gpu must be at most 1, for DataParallel hides the model's hidden states; use torchrun or "
             f"accelerate launch, or one visible GPU; got {args.n_gpu}"
+        )
+    if args.world_size > 1 and getattr(args, "ddp_static_graph", None) and not logits:
+        raise ValueError(
+            "ddp_static_graph must be False, for it averages gradients of the model's outputs alone, or all logits "
+            "must be computed: Watch(method, logits=True); got True"
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError(

@@ -198,7 +198,7 @@ class Session(Listener):
             return total
         loss = total / self._mass
         if before == 0:
-            self._value = loss.detach()
+            self._value = loss.detach().clone()  # the Trainer scales what it is given in place
             return loss
         shrink = before / self._mass
         held = [p.grad for p in self.model.parameters() if p.grad is not None]
