@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keeprate as kr
+from keeprate.anatomy import multimodal
 from keeprate.mllm.base import best
 from keeprate.mllm.baselines import block_centres
+from keeprate.mllm.encoder import Encoder
 
 from ..conformance.multimodal import Models, inputs
 from .test_selectors import visual
@@ -117,3 +119,27 @@ def test_an_image_that_keeps_everything_is_left_alone(models, model_name, name):
     assert trace.kept[0][0][trace.kept[0][0] >= 0].tolist() == list(range(int(trace.total[0])))
     assert int((trace.kept[0][1] >= 0).sum()) <= 32
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# --- the encoder asked by somebody else -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_the_encoder_is_asked_besides_is_no_image_of_the_prompt(models):
+    """A direct call of the vision tower inside the block: FlowCut leaves it whole, nothing of it stays behind."""
+    model, batch = models("llava"), inputs("llava", (((1, 1),), ((1, 1),)), (12, 14))
+    tower, pixels = model.model.vision_tower, batch["pixel_values"].flip(0)[:1]
+    plain = tower(pixels).last_hidden_state
+    method = kr.mllm.FlowCut(keep=6)
+    with method(model) as trace:
+        want = model(**batch).logits
+        assert torch.equal(tower(pixels).last_hidden_state, plain)
+        assert torch.equal(model(**batch).logits, want)
+    assert torch.equal(trace.kept[0][:2], trace.kept[0][2:])
+    parts = multimodal(model)
+    encoder = Encoder(parts, (parts.feature,))
+    with encoder.attach(model):
+        model.model.get_image_features(batch["pixel_values"])
+        want = encoder.received(parts.feature)
+        tower(pixels)
+        assert torch.equal(encoder.received(parts.feature), want)

@@ -37,7 +37,7 @@ class Encoder(Listener):
 
     def clear(self) -> None:
         """Forget the latest images."""
-        self._encoding = False
+        self._encoding = False  # whether it is looking at the images of a prompt
         self.lengths: list[int] | None = None
         self.views: dict[int, list[AttentionView]] = {layer: [] for layer in self.layers}
         self._given: dict[str, Any] = {}
@@ -100,7 +100,8 @@ class Encoder(Listener):
             self._input = args[0]
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
-        self.views[self.number[module]].append(view)
+        if self._encoding:
+            self.views[self.number[module]].append(view)
 
     # --- what the tokens are ------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class PruningEncoder(Encoder):
         prefix = self.parts.prefix
         n = x.shape[1] - prefix
         target = self.method.budget.of_length(n)
-        if target >= n:
+        if target >= n or not self._encoding:
             return forward(x, *args, **kwargs)
         place, y = None, x
         if self.alive is not None:
