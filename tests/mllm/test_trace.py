@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import keeprate as kr
+from keeprate.mllm.session import Stopwatch
 
 
 @torch.no_grad()
@@ -85,3 +86,31 @@ def test_a_prompt_on_which_a_method_gave_up_leaves_no_trace():
             vlm.model(**two)
     assert trace.batches == [2, 2] and len(trace.total) == len(trace.places) == len(trace.kept[-1]) == 4
     assert trace.counts()[:, -1].tolist() == [36] * 4
+
+
+def test_on_a_gpu_only_the_blocks_count(monkeypatch):
+    """Milliseconds between a block's two marks on the stream; what was queued before it is not its own."""
+    now = [0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "stream of cuda:1"
+            self.at = now[0]
+
+        def synchronize(self):
+            now[0] += 1000
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    watch = Stopwatch()
+    for took in (5, 7):
+        now[0] += 100
+        with watch.running(torch.device("cuda:1")):
+            now[0] += took
+    assert watch.read() == pytest.approx(0.012) == watch.read()

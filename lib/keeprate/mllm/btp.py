@@ -23,7 +23,8 @@ class BTP(StagedMethod):
     last token in the layer before, balanced over places (`rebalance`); `diversity` k tokens that are greedily far from
     each other in cosine distance; at the first cut `spatial` k tokens spread over the image by greedy Manhattan
     distance from its first token; and tokens farthest from all of these. The paper finds its layers on a calibration
-    set, here they are given; what goes first where the parts exceed k is not described, so the order is ours.
+    set, here they are given. Where the parts exceed k, published code keeps more than k; the order is ours. In front of
+    flash attention it averages the heads' logits, here the means are of probabilities, as in the paper.
 
     Args:
         keep: Shares left by the cuts, or what the last one leaves.
@@ -34,7 +35,7 @@ class BTP(StagedMethod):
         extra: How many times more candidates than places attention has, one entry a cut.
         spatial: Share of k, at the first cut.
 
-    Source: Li et al. 2025 (2505.22038).
+    Source: Li et al. 2025 (2505.22038) and its code.
     """
 
     policy: ClassVar[str] = "keep"

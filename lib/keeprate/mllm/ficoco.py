@@ -53,7 +53,8 @@ class FiCoCo(InsideMethod):
 
     where w[i] is the softmax of C[i] over the kept tokens above its `epsilon` quantile. The paper has A[i, t] A[t, j]
     in C; behind a causal mask no visual token sees the text that sees it, so that product is zero and the text's
-    attention to both tokens takes its place. The released code leaves out the division.
+    attention to both tokens takes its place. The released code takes A[i, t] in the filter as well, so that its second
+    term is zero, and leaves out the division.
 
     The number of tokens falls evenly from layer to layer. The variants inside the vision encoder (V, VL) are left out.
 
@@ -64,7 +65,7 @@ class FiCoCo(InsideMethod):
         phi: Weight of the visual term in the correlation.
         epsilon: Quantile of a row above which a token is a target; at least one is.
 
-    Source: Han et al. 2024 (2411.17686).
+    Source: Han et al. 2024 (2411.17686) and its code.
     """
 
     text_guided: ClassVar[bool] = True
