@@ -121,6 +121,32 @@ def test_an_image_that_keeps_everything_is_left_alone(models, model_name, name):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_visionzip_takes_the_class_token_of_the_whole_image(models):
+    """Of several views, and of every image its own."""
+    model, batch = models("llava_next"), inputs("llava_next", (((2, 1.5), (1, 1)), ((1, 2),)), (12, 14))
+    parts, held, tower = multimodal(model), [], []
+    hooks = [
+        parts.layers[0].register_forward_pre_hook(
+            lambda layer, args, kwargs: held.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        ),
+        parts.tower_layers[parts.feature].register_forward_hook(lambda block, args, output: tower.append(output)),
+    ]
+    try:
+        with kr.mllm.VisionZip(keep=8)(model):
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    x, views = held[0], [(pixels.abs().flatten(1).sum(1) > 0).sum().item() for pixels in batch["pixel_values"]]
+    first = [0, views[0], views[0] + views[1]]  # the overview comes first
+    assert len(tower[0]) == sum(views) and views[0] == 5
+    token = parts.projector(tower[0][:, 0])
+    for view, row in enumerate(torch.tensor([0, 0, 1]).repeat_interleave(torch.tensor(views)).tolist()):
+        found = ((x[row] - token[view]).abs().amax(-1) < 1e-5).sum().item()
+        assert found == (view in first), view
+
+
 # --- the encoder asked by somebody else -------------------------------------------------------------------------------
 
 
