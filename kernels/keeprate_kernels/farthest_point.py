@@ -182,6 +182,7 @@ class _Problem:
         limit: [b, n] residuals up to which a token depends on those chosen (dpp).
         best: [b, m] how well every row is covered.
         order, gain: [b, k], of which the first column is filled.
+        plain: Whether every token is open until it is taken: there is no padding, and none that fills.
     """
 
     objective: str
@@ -194,6 +195,7 @@ class _Problem:
     run: torch.Tensor
     order: torch.Tensor
     gain: torch.Tensor
+    plain: bool = False
     limit: torch.Tensor | None = None
     best: torch.Tensor | None = None
 
@@ -204,6 +206,8 @@ class _Problem:
             return self.matrix[row, index]
         if self.metric == "cosine":
             return self.x[row, index] @ self.x.mT
+        if index.shape[1] == 1:  # half the time, for memory like that of x
+            return torch.linalg.vector_norm(self.x - self.x[row, index], dim=-1)[:, None]
         return torch.cdist(self.x[row, index], self.x, compute_mode=EXACT)
 
     def gap(self, value: torch.Tensor) -> torch.Tensor:
@@ -221,6 +225,9 @@ class _Problem:
     def write(self, step: int, new: torch.Tensor | None = None) -> None:
         """Put the best token, or the given new [b, 1], and its gain into column `step`; it is then taken."""
         key = self.scores()
+        if new is None and self.plain:
+            gain, new = key.masked_fill(self.tier != OPEN, float("-inf")).max(1, keepdim=True)
+            return self._take(step, new, gain)
         if new is None:
             top = self.tier.amax(1, keepdim=True)
             if self.objective in ("suppress", "dpp"):  # the others have no token that fills
@@ -229,7 +236,10 @@ class _Problem:
             key, new = key.max(1, keepdim=True)
         else:
             top, key = self.tier.gather(1, new), key.gather(1, new)
-        gain = torch.where(top == OPEN, key, torch.where(top == FILL, 0.0, float("-inf")))
+        self._take(step, new, torch.where(top == OPEN, key, torch.where(top == FILL, 0.0, float("-inf"))))
+
+    def _take(self, step: int, new: torch.Tensor, gain: torch.Tensor) -> None:
+        """Note the token new [b, 1] and its gain [b, 1] in column `step`."""
         self.order[:, step : step + 1], self.gain[:, step : step + 1] = new, gain
         self.tier.scatter_(1, new, TAKEN)
 
@@ -258,12 +268,12 @@ class _Problem:
     def _cover(self, new: torch.Tensor) -> None:
         """Coverage by the tokens new [b, 1]: only rows that they cover better than any before change a gain."""
         value = self.matrix.gather(2, new[:, None].expand(-1, self.matrix.shape[1], -1)).squeeze(2)
-        most = int((value > self.best).sum(1).max())
-        line = (value > self.best).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
-        old, high = self.best.gather(1, line), torch.maximum(value, self.best).gather(1, line)
-        # low = high where a row does not change: it adds as much as is taken away
-        lost = self.rows(line).clamp_(old[..., None], high[..., None]).sum(1, dtype=torch.float64)
-        self.run -= lost - old.sum(1, keepdim=True, dtype=torch.float64)
+        sample, line = (value > self.best).nonzero(as_tuple=True)
+        # all samples' rows below each other; two passes, for a clamp between tensors takes twice the time of both
+        part = self.matrix.flatten(0, 1).index_select(0, sample * self.matrix.shape[1] + line)
+        old, high = self.best[sample, line, None], value[sample, line, None]
+        part = torch.maximum(torch.minimum(part, high, out=part), old, out=part)
+        self.run.index_add_(0, sample, part.double().sub_(old), alpha=-1)
         self.best = torch.maximum(self.best, value)
 
 
@@ -293,7 +303,7 @@ def _prepare(
     p = _Problem(
         objective, metric, tau, x, matrix, weight, torch.where(there, OPEN, PADDING).to(torch.int8),
         torch.zeros(b, n, device=x.device), torch.empty(b, k, dtype=torch.int64, device=x.device),
-        torch.empty(b, k, device=x.device),
+        torch.empty(b, k, device=x.device), valid is None and objective not in ("suppress", "dpp"),
     )  # fmt: skip
     if objective in ("max_min", "suppress"):
         p.run.fill_(float("inf"))
@@ -309,6 +319,7 @@ def _prepare(
             matrix.mul_((line * there)[..., None])
         elif weight is not None:
             p.matrix = matrix * line[..., None]
+        p.matrix = p.matrix.contiguous()  # rows of all samples are picked from it at once
         p.best, p.weight = torch.zeros_like(line), None
         p.run = p.matrix.clamp_min(0).sum(1, dtype=torch.float64)
     if start is None and objective in ("coverage", "dpp", "suppress"):
@@ -346,10 +357,14 @@ def _first(
     else:  # the distance to the nearest other token, some rows at a time
         value, step = torch.empty(b, n, device=there.device), max(1, CHUNK // (b * n))
         for low in range(0, n, step):
-            index = torch.arange(low, min(low + step, n), device=there.device)
-            gap = p.gap(p.rows(index.expand(b, -1))).masked_fill_(~there[:, None], float("inf"))
-            gap[:, index - low, index] = float("inf")
-            value[:, index] = gap.amin(-1)
+            high = min(low + step, n)
+            if p.matrix is None:
+                some = p.rows(torch.arange(low, high, device=there.device).expand(b, -1))
+            else:
+                some = p.matrix[:, low:high]
+            gap = p.gap(some) + torch.zeros(b, n, device=there.device).masked_fill_(~there, float("inf"))[:, None]
+            gap.diagonal(offset=low, dim1=1, dim2=2).fill_(float("inf"))
+            value[:, low:high] = gap.amin(-1)
     return value.masked_fill(~there, float("-inf")).argmax(1, keepdim=True)
 
 
