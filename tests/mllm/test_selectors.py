@@ -465,10 +465,10 @@ def test_redundancy_by_edges():
         near = cosine[cosine >= 0.2]
         by_edges = len(near) * torch.exp(1.5 * (near.mean() - 0.2))
         expected.append(by_edges if len(near) >= 4 else (by_edges + cosine.mean()) / 2)
-    got = redundancy(x, None, 0.2, 4, 1.5)
+    got = redundancy(kr.score.similarity(x), None, 0.2, 4, 1.5)
     torch.testing.assert_close(got[0], torch.stack(expected))
     more, valid = padded(x, 3)
-    torch.testing.assert_close(redundancy(more, valid, 0.2, 4, 1.5)[:, :14], got)
+    torch.testing.assert_close(redundancy(kr.score.similarity(more), valid, 0.2, 4, 1.5)[:, :14], got)
 
 
 def test_script_chooses_by_relevance_and_determinant_among_what_is_not_redundant():

@@ -46,9 +46,8 @@ class MMTok(MLLMMethod):
         if bool((count >= t.total).all()):
             return None
         matrix, weight = coverage(t, self.alpha, self.tv_temperature, self.vv_temperature)
-        order, _ = farthest_point(
-            matrix, int(count.max()), objective="coverage", metric="similarity", weight=weight, valid=t.valid
-        )
+        matrix.mul_(weight[..., None])
+        order, _ = farthest_point(matrix, int(count.max()), objective="coverage", metric="similarity", valid=t.valid)
         return dropped(first(order, count, t.n))
 
 
@@ -57,7 +56,8 @@ def coverage(t: Visual, alpha: float, tv: float, vv: float) -> tuple[torch.Tenso
     words, spoken = t.question()
     spoken = torch.ones(words.shape[:2], dtype=torch.bool, device=t.x.device) if spoken is None else spoken
     there = torch.ones(t.x.shape[:2], dtype=torch.bool, device=t.x.device) if t.valid is None else t.valid
-    logits = torch.cat([score.similarity(words, t.x) / tv, score.similarity(t.features) / vv], 1)
-    matrix = logits.masked_fill(~there[:, None], float("-inf")).softmax(-1)
+    logits = torch.cat([score.similarity(words, t.x).div_(tv), score.similarity(t.features).div_(vv)], 1)
+    if t.valid is not None:
+        logits.masked_fill_(~there[:, None], float("-inf"))
     weight = [spoken / spoken.sum(1, keepdim=True), alpha * there / t.total[:, None]]
-    return matrix, torch.cat(weight, 1)
+    return logits.softmax(-1), torch.cat(weight, 1)

@@ -61,25 +61,33 @@ class Script(MLLMMethod):
         count = self.budget.each(t.total)
         if bool((count >= t.total).all()):
             return None
+        cosine = score.similarity(t.x)
+        cosine.diagonal(dim1=1, dim2=2).round_()  # 1, or 0 for a vector of zeros
         gone = torch.minimum((t.total * self.redundant).long(), t.total - count)
-        repeated = best(redundancy(t.x, t.valid, self.tau, self.K, self.gamma), gone, t.valid)
+        repeated = best(redundancy(cosine, t.valid, self.tau, self.K, self.gamma), gone, t.valid)
         asked = unit_range(relevance(t, self.clip, self.sign), t.valid)
-        weight = asked.clamp_min(1e-4).masked_fill(
-            repeated, 0.0
-        )  # without weight a token only fills up, after all others
-        order, _ = farthest_point(t.x, int(count.max()), objective="dpp", weight=weight, valid=t.valid)
+        weight = asked.clamp_min(1e-4).masked_fill(repeated, 0.0)  # without weight a token fills up, after all others
+        order, _ = farthest_point(
+            cosine, int(count.max()), objective="dpp", metric="similarity", weight=weight, valid=t.valid
+        )
         return dropped(first(order, count, t.n), t.hide(weight))
 
 
-def redundancy(x: torch.Tensor, valid: torch.Tensor | None, tau: float, connected: int, gamma: float) -> torch.Tensor:
-    """How much of a token other tokens repeat: x [i, n, d] -> [i, n]; padding takes no part.
+def redundancy(
+    cosine: torch.Tensor, valid: torch.Tensor | None, tau: float, connected: int, gamma: float
+) -> torch.Tensor:
+    """How much of a token other tokens repeat; padding takes no part.
 
     Args:
+        cosine: [i, n, n] of all tokens with all.
+        valid: [i, n] False = padding.
         tau: Least cosine of an edge.
         connected: Edges from which on they alone count.
         gamma: Weight of their mean cosine.
+
+    Returns:
+        [i, n].
     """
-    cosine = score.similarity(x)
     there = torch.ones_like(cosine[:, 0]) if valid is None else valid.float()
     edge = (cosine >= tau) * there[:, None]
     degree = edge.sum(-1)

@@ -67,12 +67,12 @@ def clusters(x: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None, i
     labels = None
     # squares and products lose half of the digits, and with them which centre is nearer: so fp64
     exact = x.double()
-    square = exact.square().sum(-1, keepdim=True)
+    square = exact.square().sum(-1)[:, None]
     for _ in range(iterations):
         c = centres.double()
-        gap = torch.baddbmm(square + c.square().sum(-1)[:, None], exact, c.mT, alpha=-2)  # i n k, squared distances
-        gap = gap.masked_fill(absent[:, None], float("inf"))
-        before, labels = labels, _fill_empty(gap, gap.argmin(-1), absent, there)
+        own = c.square().sum(-1).masked_fill(absent, float("inf"))[..., None]
+        gap = torch.baddbmm(square + own, c, exact.mT, alpha=-2)  # i k n, squared distances
+        before, labels = labels, _fill_empty(gap, gap.min(1).indices, absent, there)
         member = torch.zeros(i, k, n, device=x.device).scatter(1, labels[:, None], there[:, None].float())
         centres = member @ x / member.sum(-1, keepdim=True).clamp_min(1)
         if before is not None and torch.equal(before, labels):
@@ -94,7 +94,7 @@ def _fill_empty(gap: torch.Tensor, labels: torch.Tensor, absent: torch.Tensor, t
         lacking = empty.any(1, keepdim=True)
         if not bool(lacking.any()):
             return labels
-        misfit = gap.gather(2, labels[..., None])[..., 0].masked_fill((size.gather(1, labels) < 2) | ~there, -1.0)
+        misfit = gap.gather(1, labels[:, None])[:, 0].masked_fill((size.gather(1, labels) < 2) | ~there, -1.0)
         worst = misfit.argmax(1, keepdim=True)
         goes = torch.where(lacking, empty.to(torch.uint8).argmax(1, keepdim=True), labels.gather(1, worst))
         labels = labels.scatter(1, worst, goes)
