@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import keeprate as kr
+from keeprate.attention import AttentionView
 from keeprate.sft import groups
 from keeprate.sft.data import Collator
+from keeprate.sft.head import LogitsHead
 from keeprate.sft.rft import shuffled
 from keeprate.sft.scores import Probe
+from keeprate.sft.tokens import Tokens
 
 
 @pytest.fixture
@@ -110,7 +113,6 @@ def test_rho1_ranks_the_batch_or_each_sequence():
 
     def kept(scope):
         from keeprate.sft.base import logits_head
-        from keeprate.sft.tokens import Tokens
 
         method = kr.sft.Rho1(keep=0.5, scope=scope)
         return method.weigh(Tokens(logits_head(logits, labels), labels, {"reference": reference})).view(2, 4).tolist()
@@ -191,6 +193,38 @@ def test_sstoken_before_the_first_update_is_attention_alone(llama, rows):
     assert torch.equal(both.weight, attention.weight)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 6, dtype=torch.bool), "blocks"])
+def test_sstoken_refuses_attention_that_it_cannot_read(mask):
+    """Flash attention is told of padding by a mask of two dimensions, of packing by positions alone."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[-100, -100, 3, 4, 5, 6]] * 2)
+    q, k = torch.randn(2, 4, 6, 8, generator=g), torch.randn(2, 2, 6, 8, generator=g)
+    view = AttentionView(q, k, k, mask, 8**-0.5, causal=mask is None)
+    head = LogitsHead(torch.zeros(8, 9))
+    packed = torch.tensor([[0, 0, 0, 1, 1, 1], [2, 2, 2, 2, -1, -1]])
+    t = Tokens(head, labels, {"sequence": packed}, view=view)
+    with pytest.raises(ValueError, match=r"attn_implementation must be 'sdpa' or 'eager'"):
+        t.prompt_attention()
+    if mask is None:
+        alone = torch.tensor([[0] * 6, [1] * 6])
+        mass = Tokens(head, labels, {"sequence": alone}, view=view).prompt_attention()
+        rows = view.rows([1, 2, 3, 4])[..., :2].sum(-1).mean(1).flatten()
+        assert torch.allclose(mass, rows, atol=1e-5)
+
+
+def test_sstoken_refuses_a_window_that_no_mask_tells_of(llama):
+    last = llama.model.layers[-1].self_attn
+    q, k = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
+    with kr.sft.SsToken()(llama) as trace:
+        trace.active = True
+        trace.fold(last, AttentionView(q, k, k, None, 1.0, causal=True))
+        last.sliding_window = 6
+        trace.fold(last, AttentionView(q, k, k, None, 1.0, causal=True))
+        last.sliding_window = 4
+        with pytest.raises(ValueError, match=r"attn_implementation must be 'sdpa' or 'eager'"):
+            trace.fold(last, AttentionView(q, k, k, None, 1.0, causal=True))
+
+
 def test_profit_is_a_threshold(batch):
     logits, labels = batch
     p = probability(logits, labels).detach()
@@ -262,7 +296,6 @@ def test_prior_has_a_mean_of_one_in_every_caption(batch):
     logits, labels = batch
     reference = torch.tensor([[0.0, 0, 1e-9, 5, 1, 0.2, 3, 1e-9, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1.0]])
     from keeprate.sft.base import logits_head
-    from keeprate.sft.tokens import Tokens
 
     t = Tokens(logits_head(logits, labels), labels, {"reference": reference})
     own, factor = kr.sft.PRIOR(alpha=2.0).weights(t)
@@ -290,7 +323,6 @@ def test_tl_training_weighs_key_tokens_by_their_rarity():
     logits, labels = torch.zeros(3, 9, 5), torch.ones(3, 9).long()
     key = torch.tensor([[0, 1, 0, 0, 0, 2, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
     from keeprate.sft.base import logits_head
-    from keeprate.sft.tokens import Tokens
 
     t = Tokens(logits_head(logits, labels), labels, {"key": key})
     weight = kr.sft.TLTraining(cap=6.5).weigh(t).view(3, 8)

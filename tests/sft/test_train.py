@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import keeprate as kr
 from keeprate import load
@@ -383,6 +383,21 @@ def test_gradients_that_are_out_of_reach_are_missed(llama, data):
             else:
                 with pytest.raises(ValueError, match="call backward after every micro-batch"):
                     method(outputs, labels, items)
+
+
+def test_a_session_that_cannot_begin_leaves_the_model_alone():
+    """Gemma 2 is no decoder whose attention can be read; after the error it must still give all logits."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=40, **sizes, **heads)).train()
+    method, ids = kr.sft.SsToken(), torch.arange(6)[None]
+    for attempt in (
+        lambda: method(model).__enter__(),
+        lambda: kr.sft.weigh(method, model, {"input_ids": ids}),
+    ):
+        with pytest.raises(ValueError, match="Gemma2ForCausalLM must hold exactly one decoder"):
+            attempt()
+        assert model.training and model(ids).logits.shape[1] == 6
 
 
 def test_columns_that_the_trainer_removed_are_missed(llama, data, tmp_path):

@@ -136,9 +136,9 @@ class Probe:
         self.model, self.session = model, Session(method, model, always=True)
 
     def __enter__(self) -> "Probe":
+        self.session.__enter__()
         self.training = self.model.training
         self.model.eval()
-        self.session.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from keeprate.anatomy import decoder
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.sft.head import Head, LinearHead
-from keeprate.sft.tokens import Tokens, targets
+from keeprate.sft.tokens import UNREADABLE, Tokens, targets
 
 if TYPE_CHECKING:
     from keeprate.sft.base import SFTMethod
@@ -74,13 +74,14 @@ class Session(Listener):
         self._stack = ExitStack()
 
     def __enter__(self) -> "Session":
-        add = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self._stack.callback(add.remove)
-        self._stack.callback(self.model.register_forward_hook(self._end).remove)
-        if self.linear is not None:
-            self._stack.callback(self.linear.register_forward_pre_hook(self._head).remove)
-        if self.method.reads_attention:
-            self._stack.enter_context(listen(self.model, self, [decoder(self.model).attention[-1]]))
+        with ExitStack() as stack:  # which undoes everything if something fails
+            stack.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            stack.callback(self.model.register_forward_hook(self._end).remove)
+            if self.linear is not None:
+                stack.callback(self.linear.register_forward_pre_hook(self._head).remove)
+            if self.method.reads_attention:
+                stack.enter_context(listen(self.model, self, [decoder(self.model).attention[-1]]))
+            self._stack = stack.pop_all()
         _open.add(self)
         return self
 
@@ -109,8 +110,12 @@ class Session(Listener):
         self.ran, self.active = self.active, False
 
     def fold(self, module: nn.Module, view: AttentionView) -> None:
-        if self.active:
-            self.view = view
+        if not self.active:
+            return
+        window = getattr(module, "sliding_window", None)
+        if view.mask is None and window is not None and view.k.shape[2] > window:
+            raise ValueError(UNREADABLE)
+        self.view = view
 
     def _forget(self) -> None:
         self.hidden = self.view = None

@@ -11,6 +11,11 @@ from keeprate.sft import groups
 from keeprate.sft.data import IGNORE, check_columns
 from keeprate.sft.head import Head
 
+UNREADABLE = (
+    "what this model's attention sees is not told by a mask of four dimensions; attn_implementation must be 'sdpa' or "
+    "'eager' where attention is read"
+)
+
 
 def targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Places (row [t], column [t]) of the tokens that are predicted: labels [b, n] that are not -100, from column 1."""
@@ -132,7 +137,8 @@ class Tokens:
             [t] in [0, 1].
 
         Raises:
-            ValueError: If the model is not listened to (see `SFTMethod.__call__`).
+            ValueError: If the model is not listened to (see `SFTMethod.__call__`), or its attention is told what to
+                see in another way than by a mask [b|1, h|1, n_q|1, n_k], as flash attention is of padding and packing.
         """
         choice("reader", reader, ("predicting", "own"))
         if self.view is None:
@@ -140,7 +146,11 @@ class Tokens:
                 "attention is read from the model: train inside `with method(model):`, "
                 "or give the Trainer callbacks=[kr.sft.Watch(method)]"
             )
-        view = self.view
+        view, mark = self.view, self.columns.get("sequence")
+        packed = mark is not None and bool(((mark != mark[:, :1]) & (mark >= 0)).any())
+        told = not packed if view.mask is None else isinstance(view.mask, torch.Tensor) and view.mask.dim() == 4
+        if not told:
+            raise ValueError(UNREADABLE)
         prompt = (self.labels == IGNORE).to(view.q.dtype)
         values = prompt[:, None, :, None].expand(-1, view.k.shape[1], -1, view.q.shape[-1])
         with torch.no_grad():
