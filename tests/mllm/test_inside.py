@@ -474,6 +474,25 @@ def test_what_is_missing_is_far_from_all_that_is_chosen(seed: int, count: int) -
     assert got[0].nonzero().flatten().tolist() == sorted(want)
 
 
+def test_where_no_part_has_a_token_the_most_isolated_one_is_the_first() -> None:
+    """At 1 of 9 tokens, 0.9 of them are none."""
+    x = rand(2, 9, 4)
+    x[:, 1:] = 0.01 * x[:, 1:] + x[:, :1]
+    x[0, 5], x[1, 7] = -x[0, 0], -x[1, 0]
+    got = top_up(x, torch.zeros(2, 9, dtype=torch.bool), torch.tensor([1, 2]), None)
+    assert got.sum(1).tolist() == [1, 2] and got[0, 5] and got[1, 7]
+    some = torch.zeros(2, 9, dtype=torch.bool)
+    some[1, 3] = True
+    got = top_up(x, some, torch.tensor([1, 2]), torch.arange(9) < torch.tensor([[9], [8]]))
+    assert got[0].nonzero().flatten().tolist() == [5] and got[1].nonzero().flatten().tolist() == [3, 7]
+
+
+def test_btp_of_diversity_alone_is_farthest_points(model, prompt) -> None:
+    method = BTP(attention=(0.0, 0.0, 0.0), diversity=(0.0, 0.0, 0.0), spatial=0.0, keep=(6, 4, 2), layers=(1, 2, 3, 5))
+    same = BTP(attention=(0.0, 0.0, 0.0), diversity=(1.0, 1.0, 1.0), spatial=0.0, keep=(6, 4, 2), layers=(1, 2, 3, 5))
+    assert kept(run(method, model, prompt)[0]) == kept(run(same, model, prompt)[0])
+
+
 @quick
 @given(seed=seeds, want=st.integers(1, 8), extra=st.floats(1.0, 2.5), early=st.integers(0, 20))
 def test_early_candidates_come_first(seed: int, want: int, extra: float, early: int) -> None:

@@ -24,7 +24,7 @@ class BTP(StagedMethod):
     each other in cosine distance; at the first cut `spatial` k tokens spread over the image by greedy Manhattan
     distance from its first token; and tokens farthest from all of these. The paper finds its layers on a calibration
     set, here they are given. Where the parts exceed k, published code keeps more than k; the order is ours. In front of
-    flash attention it averages the heads' logits, here the means are of probabilities, as in the paper.
+    flash attention it averages the heads' logits; here the mean is of probabilities.
 
     Args:
         keep: Shares left by the cuts, or what the last one leaves.
@@ -149,13 +149,17 @@ def top_up(x: torch.Tensor, chosen: torch.Tensor, count: torch.Tensor, valid: to
 
     Args:
         x: [b, v, d], compared by cosine.
-        chosen: [b, v] at least one a sample.
+        chosen: [b, v]; of a sample with none, the token that is farthest from its nearest neighbour is the first.
         count: [b] at most the tokens there are.
         valid: [b, v] tokens that exist.
 
     Returns:
         [b, v] mask.
     """
+    empty = ~chosen.any(1, keepdim=True)
+    if bool(empty.any()):
+        isolated, _ = farthest_point(x, 1, start="isolated", valid=valid)
+        chosen = torch.where(empty, torch.zeros_like(chosen).scatter(1, isolated, True), chosen)
     missing = count - chosen.sum(1)
     if not bool((missing > 0).any()):
         return chosen
