@@ -135,6 +135,19 @@ def test_places_where_tiles_are_resized_together(models, size):
         assert (at - middle).abs().max() <= 0.5 + 1e-4
 
 
+def test_windows_that_nothing_tells_apart_are_refused(models):
+    """Flash attention gets all windows of all images as one row; a method that reads no attention does not mind."""
+    model = models.fresh("qwen2_5_vl")
+    model.model.visual.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"windows.*uses 'flash_attention_2'"), kr.mllm.FoPru()(model):
+        pass
+    assert model.model.visual.config._attn_implementation == "flash_attention_2"
+    with kr.mllm.DivPrune()(model):
+        pass
+    with kr.mllm.FoPru()(models("qwen2_5_vl")):
+        pass
+
+
 @pytest.mark.parametrize("name", ["llava", "llava-siglip"])
 def test_the_layer_of_the_features_is_the_models_own(models, name):
     model, batch = models(name), inputs(name, (((1, 1),),), (12,))

@@ -15,7 +15,7 @@ from torch import nn
 
 from keeprate import score
 from keeprate.anatomy import Multimodal
-from keeprate.attention import AttentionView, Listener, listen
+from keeprate.attention import PREFIX, AttentionView, Listener, listen
 
 
 class Encoder(Listener):
@@ -47,8 +47,18 @@ class Encoder(Listener):
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[None]:
-        """Watch the encoder; undo it on leaving."""
+        """Watch the encoder; undo it on leaving.
+
+        Raises:
+            ValueError: If its attention is to be read but cannot be: flash attention tells no window from another.
+        """
         inner, tower = self.parts.inner, self.parts.tower
+        kind = (getattr(tower.config, "_attn_implementation", None) or "").removeprefix(PREFIX)
+        if self.layers and self.parts.windowed and "flash" in kind:
+            raise ValueError(
+                "this vision encoder attends in windows; its attention can be read in front of sdpa or eager attention,"
+                f" which are given one window at a time; it uses {kind!r}"
+            )
         self.number = {self.parts.tower_attention[i]: i for i in self.layers}
         with ExitStack() as stack:
             stack.enter_context(around(inner, "get_image_features", self._encode))
