@@ -311,6 +311,16 @@ def test_settings_that_would_be_ignored_are_refused(llama, data, tmp_path, optio
             trainer(llama, data, kr.sft.SFT(), tmp_path, steps=1, **options).train()
 
 
+def test_a_loader_that_would_lose_the_columns_is_refused(llama, data, tmp_path):
+    """It cuts batches up and puts them together again, as plain tensors: weights would have no effect."""
+    weighted = [{**row, "weights": [float(i % 2) for i in range(len(row["labels"]))]} for row in data]
+    settings = {"steps": 1, "accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError, match="dispatch_batches must be False"):
+        trainer(llama, weighted, kr.sft.SFT(), tmp_path, **settings).train()
+    settings["accelerator_config"] = {"dispatch_batches": False}
+    trainer(llama, weighted, kr.sft.SFT(), tmp_path, **settings).train()
+
+
 def test_a_router_s_loss_is_not_left_out_in_silence(llama, data):
     made = Collator(pad=0)(data[:2])
     labels, method = made.pop("labels"), kr.sft.SFT()
@@ -337,7 +347,8 @@ def test_passes_are_counted_where_nobody_knows_their_length(llama, data, tmp_pat
             seen.append(watch.trace.epoch)
 
     method = kr.sft.RandomMask()
-    done = trainer(llama, data, method, tmp_path, steps=7, callbacks=[See()])
+    loading = {"dispatch_batches": False}
+    done = trainer(llama, data, method, tmp_path, steps=7, callbacks=[See()], accelerator_config=loading)
     done.train_dataset = datasets.Dataset.from_list(data[:8]).to_iterable_dataset()
     watch = next(c for c in done.callback_handler.callbacks if isinstance(c, Watch))
     done.train()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback
 
 from keeprate.sft.base import SFTMethod
@@ -13,6 +14,9 @@ class Watch(TrainerCallback):
 
     They stand in `trainer.state.log_history` beside the loss, and in every reporter that comes after this callback.
     Reporters chosen by `report_to` come before it: to have the statistics there, pass theirs as a later callback.
+
+    A training that ends in an exception leaves `method(model)` open until the model is trained again: until then the
+    model gives the logits of the first position alone where gradients are on.
 
     Args:
         method: The one given as `compute_loss_func`, or one equal to it.
@@ -38,7 +42,7 @@ class Watch(TrainerCallback):
         self.counting = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        _check(args, self.options["logits"])
+        _check(args, self.options["logits"], kwargs.get("train_dataloader"))
         self.counting = False
         for left in on_model(model):  # a training that ended in an exception never said so
             left.__exit__(None, None, None)
@@ -65,12 +69,18 @@ class Watch(TrainerCallback):
             self.trace = None
 
 
-def _check(args: Any, logits: bool) -> None:
+def _check(args: Any, logits: bool, loader: Any) -> None:
     """Raise a ValueError on settings of `TrainingArguments` that a loss function of its own leaves without effect."""
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor must be 0: the Trainer ignores it beside compute_loss_func; "
             f"got {args.label_smoothing_factor:g}"
+        )
+    if isinstance(loader, DataLoaderDispatcher):
+        raise ValueError(
+            "dispatch_batches must be False, for it takes batches apart and loses the columns beside the labels: "
+            "TrainingArguments(accelerator_config={'dispatch_batches': False}); got True, the default for a data set "
+            "without a length"
         )
     if args.n_gpu > 1:
         raise ValueError(
