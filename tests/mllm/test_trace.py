@@ -41,7 +41,8 @@ def test_a_prompt_that_was_refused_leaves_no_trace():
             assert "145" in str(error) and "144" in str(error)
         else:
             raise AssertionError("more tokens than there are were asked for")
-    assert trace.runs == [] and trace.steps == []
+    assert trace.runs == [] and trace.steps == [] and trace.kept == []
+    assert trace.counts().shape == (0, trace.depth) and trace.mean_tokens != trace.mean_tokens  # a mean of none
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ place.
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from keeprate import select
 from keeprate.anatomy import DECODER_BLOCK, Multimodal
 from keeprate.attention import AttentionView, Listener, listen
+from keeprate.check import whole
 from keeprate.kv.cache import take_over
 from keeprate.kv.rope import turn
 from keeprate.mllm.base import NO_QUESTION, Choice, Inside, MLLMMethod, Visual, dropped
@@ -65,7 +66,15 @@ class MLLMTrace(Trace):
         return [join_steps(same) for same in zip(*runs, strict=True)]
 
     def counts(self) -> torch.Tensor:
-        """[b, depth] visual tokens that every decoder layer processes."""
+        """[b, depth] visual tokens that every decoder layer processes.
+
+        Raises:
+            ValueError: If the model was not called inside the block.
+        """
+        if self.total is None:
+            raise ValueError("no prompt has been read yet: call the model inside the `with` block")
+        if self.total is None:
+            return torch.zeros(0, self.depth, dtype=torch.long)
         counts = self.total[:, None].repeat(1, self.depth)
         for step in self.steps:
             counts[:, step.layer :] = (step.size > 0).sum(1, keepdim=True)
@@ -138,19 +147,30 @@ def alone(body: nn.Module) -> Iterator[None]:
         _active.discard(body)
 
 
+def no_checkpointing(layers: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if the layers would run a second time in the backward pass, on a sequence that is gone."""
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        raise ValueError(
+            "visual-token methods do not work with gradient checkpointing, which runs layers again in the backward "
+            "pass; call model.gradient_checkpointing_disable() first"
+        )
+
+
 class MLLMSession(Listener):
     """One method on one model: finds the visual tokens, shortens the sequence, keeps caches and positions in step."""
 
     reads_flat = False  # what the cache layer asks its owner
 
     def __init__(self, method: MLLMMethod, parts: Multimodal, seed: int, masked: bool, text: list[str] | None):
+        if isinstance(text, str) or not isinstance(text, Sequence | None):
+            raise ValueError(f"text must be a list with one question a sample; got {text!r}")
         self.method, self.parts, self.masked, self.words = method, parts, masked, text
         self.stages = {layer: i + 1 for i, layer in enumerate(method.layers_at(parts.depth))}
         self.watched = frozenset(method.watched(parts.depth))
         self.policy = method.policy_on(parts)
         self.encoder = method.encoder(parts)
         self.number = {layer.self_attn: i for i, layer in enumerate(parts.layers)}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(whole("seed", seed, 0))
         self.trace = MLLMTrace(repr(method), depth=parts.depth)
         self.running = False
         self.found: torch.Tensor | None = None
@@ -208,12 +228,14 @@ class MLLMSession(Listener):
             x = body.embed_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError("the batch is empty; at least one prompt is needed")
+        no_checkpointing(self.parts.layers)
         cache = kwargs.get("past_key_values")
         visual, self.found = self.found, None
         use_cache = kwargs.get("use_cache")
         if cache is None and (body.config.use_cache if use_cache is None else use_cache):
             kwargs["past_key_values"] = cache = DynamicCache(config=body.config)
-        self.cache = None if cache is None else take_over(cache, self.parts.depth, tuple(range(self.parts.depth)))
+        every = tuple(range(self.parts.depth))
+        self.cache = None if cache is None else take_over(cache, self.parts.depth, every, owner=self)
         for layer in self.cache or ():
             layer.owner, layer.masked = self, self.masked
         seen = self.cache[0].seen if self.cache else 0
