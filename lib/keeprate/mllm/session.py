@@ -73,8 +73,6 @@ class MLLMTrace(Trace):
         """
         if self.total is None:
             raise ValueError("no prompt has been read yet: call the model inside the `with` block")
-        if self.total is None:
-            return torch.zeros(0, self.depth, dtype=torch.long)
         counts = self.total[:, None].repeat(1, self.depth)
         for step in self.steps:
             counts[:, step.layer :] = (step.size > 0).sum(1, keepdim=True)
