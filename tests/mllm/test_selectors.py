@@ -223,6 +223,15 @@ def test_greedyprune_is_suppression_by_saliency(llava, tau):
         assert sorted(chosen) == saliency.topk(k).indices.sort().values.tolist()
 
 
+@torch.no_grad()
+def test_greedyprune_records_saliency(llava):
+    inputs = prompt()
+    states = llava(**inputs, output_hidden_states=True).hidden_states[1][0]
+    with kr.mllm.GreedyPrune(keep=8, layer=1)(llava) as trace:
+        llava(**inputs)
+    torch.testing.assert_close(trace.scores[0][0], F.cosine_similarity(states[2:27], states[-1][None]))
+
+
 # --- G-Prune ----------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +501,13 @@ def test_script_with_equal_relevance_is_diversity_alone():
     assert (gain[0] >= 0).all() and (gain[0].diff() <= 1e-6).all()
 
 
+@pytest.mark.parametrize(("n", "share", "gone"), [(300, 0.39, 117), (100, 0.53, 53), (40, 0.999, 38)])
+def test_script_drops_the_share_it_is_told(n, share, gone):
+    """A product in fp32 falls short of a whole number."""
+    choice = kr.mllm.Script(keep=2, redundant=share).before(visual(rand(1, n, 16)))
+    assert (choice.score == 0).sum() == gone
+
+
 # --- ZOO-Prune --------------------------------------------------------------------------------------------------------
 
 
@@ -720,6 +736,13 @@ def test_a_prompt_without_words_is_an_error(llava, name):
     with pytest.raises(ValueError, match="needs a question"), getattr(kr.mllm, name)()(llava):
         llava(**prompt(question=(), before=(1,)))
     assert torch.equal(llava(**prompt()).logits, base)
+
+
+@pytest.mark.parametrize("name", ["DivPrune", "MMTok", "Script", "ToDRE", "TSC", "ZOOPrune"])
+def test_a_budget_that_depends_on_scores_is_refused_where_there_are_none(name):
+    method = getattr(kr.mllm, name)(keep=kr.Budget(coverage=0.8))
+    with pytest.raises(ValueError, match="no count before scores are known"):
+        method.before(visual(rand(1, 12, 6)))
 
 
 def test_signs(monkeypatch):

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from keeprate.method import register
 from keeprate.mllm.base import BeforeMethod, Visual, dropped, first
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
@@ -23,10 +22,10 @@ class DivPrune(BeforeMethod):
     Source: Alvar et al. 2025 (2503.02175), algorithm 1.
     """
 
-    keep: float | int | tuple = 0.098
+    keep: float | int = 0.098
 
-    def before(self, t: Visual) -> torch.Tensor | None:
-        count = self.count(t)
+    def before(self, t: Visual) -> Reduction | None:
+        count = self.budget.each(t.total)
         if bool((count >= t.total).all()):
             return None
         order, _ = farthest_point(t.x, int(count.max()), start="isolated", valid=t.valid)

@@ -9,6 +9,7 @@ from keeprate import score
 from keeprate.check import number, whole
 from keeprate.method import register
 from keeprate.mllm.base import BeforeMethod, Visual, best, dropped
+from keeprate.reduce import Reduction
 
 
 @register(kind="pruning", needs=("features",))
@@ -18,7 +19,7 @@ class GPrune(BeforeMethod):
 
     s = (w P^m) / D with w the norms, P the softmax over a token's edges of cosine / tau, and D the number of its edges:
     all tokens with a cosine of at least t. The overview of a tiled image and its tiles are graphs of their own, each
-    keeping the same share.
+    keeping the same share. The released code keeps all tokens that end a line; here they leave with the lines.
 
     Args:
         keep: Share of tokens kept; that of the released script.
@@ -45,7 +46,7 @@ class GPrune(BeforeMethod):
     def score(self, t: Visual) -> torch.Tensor:
         return walk(t.x, _overview(t), t.valid, self.t, self.tau, self.m)
 
-    def choose(self, t: Visual, scores: torch.Tensor) -> torch.Tensor:
+    def choose(self, t: Visual, scores: torch.Tensor) -> Reduction:
         count, overview = self.count(t, scores), _overview(t)
         there = torch.ones_like(overview) if t.valid is None else t.valid
         share = count * (overview & there).sum(1) // t.total

@@ -8,7 +8,8 @@ import torch
 from keeprate import score
 from keeprate.check import number
 from keeprate.method import register
-from keeprate.mllm.base import Inside, InsideMethod, check_layers, first
+from keeprate.mllm.base import Inside, InsideMethod, check_layers, dropped, first
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
@@ -44,10 +45,10 @@ class GreedyPrune(InsideMethod):
     def score(self, t: Inside) -> torch.Tensor:
         return score.similarity(t.x, t.last_hidden[:, None])[..., 0]
 
-    def choose(self, t: Inside, scores: torch.Tensor) -> torch.Tensor:
+    def choose(self, t: Inside, scores: torch.Tensor) -> Reduction:
         count = self.count(t, scores)
         weight = (1 + scores).clamp_min(0)  # the same order, and not negative
         order, _ = farthest_point(
             t.x, int(count.max()), objective="suppress", weight=weight, tau=self.tau, valid=t.valid
         )
-        return first(order, count, t.v)
+        return dropped(first(order, count, t.v), t.hide(scores))

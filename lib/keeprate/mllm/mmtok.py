@@ -9,6 +9,7 @@ from keeprate import score
 from keeprate.check import number
 from keeprate.method import register
 from keeprate.mllm.base import MLLMMethod, Visual, dropped, first
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
@@ -41,7 +42,7 @@ class MMTok(MLLMMethod):
         number("tv_temperature", self.tv_temperature, 1e-6)
         number("vv_temperature", self.vv_temperature, 1e-6)
 
-    def before(self, t: Visual) -> torch.Tensor | None:
+    def before(self, t: Visual) -> Reduction | None:
         count = self.budget.each(t.total)
         if bool((count >= t.total).all()):
             return None

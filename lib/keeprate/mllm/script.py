@@ -11,6 +11,7 @@ from keeprate.method import register
 from keeprate.mllm.base import MLLMMethod, Visual, best, dropped, first
 from keeprate.mllm.scores import unit_range
 from keeprate.mllm.text import SIGNS, relevance
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
@@ -57,13 +58,14 @@ class Script(MLLMMethod):
         number("gamma", self.gamma)
         choice("sign", self.sign, SIGNS)
 
-    def before(self, t: Visual) -> torch.Tensor | None:
+    def before(self, t: Visual) -> Reduction | None:
         count = self.budget.each(t.total)
         if bool((count >= t.total).all()):
             return None
         cosine = score.similarity(t.x)
         cosine.diagonal(dim1=1, dim2=2).round_()  # 1, or 0 for a vector of zeros
-        gone = torch.minimum((t.total * self.redundant).long(), t.total - count)
+        share = (t.total.double() * self.redundant + 1e-6).long()  # fp32 falls short of whole numbers
+        gone = torch.minimum(share, t.total - count)
         repeated = best(redundancy(cosine, t.valid, self.tau, self.K, self.gamma), gone, t.valid)
         asked = unit_range(relevance(t, self.clip, self.sign), t.valid)
         weight = asked.clamp_min(1e-4).masked_fill(repeated, 0.0)  # without weight a token fills up, after all others

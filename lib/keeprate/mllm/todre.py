@@ -9,7 +9,7 @@ from keeprate.anatomy import Multimodal
 from keeprate.check import choice, number
 from keeprate.method import register
 from keeprate.mllm.base import Inside, MLLMMethod, Visual, check_layers, dropped, first
-from keeprate.reduce import gather_tokens
+from keeprate.reduce import Reduction, gather_tokens
 from keeprate_kernels import farthest_point
 
 
@@ -20,9 +20,11 @@ class ToDRE(MLLMMethod):
 
     The pivot has the highest class attention in the last block of the vision encoder, in the overview where the image
     is cut into tiles. Inside, before one deep layer, two shares of the previous layer's attention are compared with
-    tau, mean over heads: how much the question's rows pay to the image, and the image's rows to the question. Where
-    both are below, all visual tokens of the sample leave. Without a class token the paper draws the pivot at random;
-    here it is the token that receives most attention. keep=1 leaves the model alone altogether.
+    tau, mean over heads: how much the question's rows pay to the image, and the image's rows to the question, which
+    is nothing while the question stands behind the image. Where both are below, all visual tokens of the sample leave.
+    Without a class token the paper draws the pivot at random; here it is the token that receives most attention.
+    Position ids, of which the paper says nothing, are numbered anew at both stages. keep=1 leaves the model alone
+    altogether.
 
     Args:
         keep: Share left by the first stage; the paper uses 0.1 and 0.25.
@@ -51,7 +53,7 @@ class ToDRE(MLLMMethod):
     def layers_at(self, depth: int) -> tuple[int, ...]:
         return check_layers((max(1, depth * 7 // 8) if self.layer is None else self.layer,), depth)
 
-    def before(self, t: Visual) -> torch.Tensor | None:
+    def before(self, t: Visual) -> Reduction | None:
         count = self.budget.each(t.total)
         if bool((count >= t.total).all()):
             return None

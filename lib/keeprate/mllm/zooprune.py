@@ -12,6 +12,7 @@ from keeprate.check import number, whole
 from keeprate.method import register
 from keeprate.mllm.base import BeforeMethod, Visual, dropped, first
 from keeprate.mllm.scores import unit_range
+from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 CHUNK = {"cpu": 1 << 20}  # numbers projected at once: what fits a processor's cache halves the time there
@@ -58,7 +59,7 @@ class ZOOPrune(BeforeMethod):
                 return sensitivity(project, features, directions, self.h)
             return layered_sensitivity(*layers, features, directions, self.h)
 
-    def choose(self, t: Visual, scores: torch.Tensor) -> torch.Tensor:
+    def choose(self, t: Visual, scores: torch.Tensor) -> Reduction:
         count, weight = self.budget.each(t.total), unit_range(scores, t.valid)
         order, _ = farthest_point(t.x, int(count.max()), start="weight", weight=weight, valid=t.valid)
         return dropped(first(order, count, t.n), t.hide(scores))
