@@ -255,6 +255,15 @@ def test_evaluation_is_the_plain_loss_with_all_logits(llama, data, tmp_path):
     assert bare["eval_loss"] == pytest.approx(float(plain), rel=1e-5), "the method's columns are not needed"
 
 
+def test_an_evaluation_looks_for_nothing_but_the_loss(llama, data, monkeypatch):
+    made = Collator(pad=0)(data[:5])
+    labels = made.pop("labels")
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    with torch.no_grad():
+        plain = kr.sft.SFT()(llama(**made), labels)
+        assert torch.equal(kr.sft.EntropyWeight()(llama(**made), labels), plain)
+
+
 def test_a_trainer_that_reads_all_logits_gets_them(llama, data, tmp_path):
     """As TRL's does, for its metrics; the loss is the same."""
 
@@ -319,6 +328,13 @@ def test_a_loader_that_would_lose_the_columns_is_refused(llama, data, tmp_path):
         trainer(llama, weighted, kr.sft.SFT(), tmp_path, **settings).train()
     settings["accelerator_config"] = {"dispatch_batches": False}
     trainer(llama, weighted, kr.sft.SFT(), tmp_path, **settings).train()
+
+
+def test_a_watch_alone_is_no_training_with_the_method(llama, data, tmp_path):
+    done = trainer(llama, data, kr.sft.Rho1(), tmp_path, steps=1)
+    done.compute_loss_func = None
+    with pytest.raises(ValueError, match=r"the model computed its own loss.*compute_loss_func"):
+        done.train()
 
 
 def test_a_router_s_loss_is_not_left_out_in_silence(llama, data):

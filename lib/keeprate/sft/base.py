@@ -89,9 +89,9 @@ class SFTMethod(Method):
 
         The three ways to use a method:
 
-        * `Trainer(..., compute_loss_func=method)`: the transformers Trainer, and TRL's SFTTrainer with
-          `loss_type="nll"` (any other computes its own loss) and `dataset_kwargs={"skip_prepare_dataset": True}`. Both
-          need `remove_unused_columns=False`.
+        * `Trainer(..., compute_loss_func=method)`: the transformers Trainer, and TRL's SFTTrainer before its version 2
+          with `loss_type="nll"` (any other computes its own loss) and `dataset_kwargs={"skip_prepare_dataset": True}`.
+          Both need `remove_unused_columns=False`.
         * `with method(model) as trace:` around any training: the loss is computed from hidden states, attention can be
           read, gradients that are accumulated are divided by the exact denominator, and `trace` keeps statistics. For
           the Trainer, `callbacks=[kr.sft.Watch(method)]` does the same and logs them.
@@ -130,10 +130,10 @@ class SFTMethod(Method):
             return session.loss(outputs, labels, columns, num_items_in_batch)
         evaluating = not isinstance(outputs, torch.Tensor) and not torch.is_grad_enabled()
         head = logits_head(logits_of(outputs), labels)
-        tokens = Tokens(head, labels, {} if evaluating else columns, stats=self.stats, largest=self.largest)
         if evaluating:
+            tokens = Tokens(head, labels)
             return tokens.loss.sum() / max(len(tokens) if num_items_in_batch is None else int(num_items_in_batch), 1)
-        return self.reduce(tokens, num_items_in_batch)
+        return self.reduce(Tokens(head, labels, columns, stats=self.stats, largest=self.largest), num_items_in_batch)
 
     def weights(self, t: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The method's weight of every token, and the factor that data set and denominator put on it: [t], [t].

@@ -27,7 +27,8 @@ class Watch(TrainerCallback):
         trace: The open `Session`; None outside of training.
 
     Raises:
-        ValueError: When the training begins, on a setting of the Trainer that this loss would ignore or get wrong.
+        ValueError: When the training begins, on a setting of the Trainer that this loss would ignore or get wrong;
+            after the first step, if the Trainer does not use the loss.
 
     Example:
         >>> Trainer(model, args, train_dataset=data, data_collator=kr.sft.Collator(tokenizer),   # doctest: +SKIP
@@ -54,6 +55,13 @@ class Watch(TrainerCallback):
         # counted, for where a data set has no length the Trainer's epoch is no whole number between two passes
         self.trace.epoch = self.trace.epoch + 1 if self.counting else int((state.epoch or 0) + 1e-6)
         self.counting = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trace is not None and self.trace.bypassed:
+            raise ValueError(
+                f"the model computed its own loss, not that of {self.method!r}: give the Trainer "
+                "compute_loss_func=method as well"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.trace is None or "loss" not in (logs or {}):

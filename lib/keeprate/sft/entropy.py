@@ -15,6 +15,10 @@ from keeprate.sft.tokens import Tokens
 class EntropyWeight(SFTMethod):
     """w = H^alpha, with H the entropy in nats of the distribution that predicts the token.
 
+    The paper normalises H to [0, 1], and its code divides by 3, about log 20: its weights are a third of these at alpha
+    1. AdamW takes the factor out, clipped gradients and plain gradient descent do not; `denominator="weight_sum"` has
+    none.
+
     Args:
         alpha: Exponent; 0 is plain fine-tuning.
         top: H is that of the renormalised `top` most probable entries; None = of the whole vocabulary.

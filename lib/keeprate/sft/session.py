@@ -49,6 +49,7 @@ class Session(Listener):
 
     Attributes:
         epoch: Number of the pass over the data, from 0; `RandomMask` draws anew for each.
+        bypassed: Whether the model was given labels, and so computed its own loss, where a gradient was wanted.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Session(Listener):
         self.named = bool(groups)
         self.linear = None if logits else _plain_head(model)
         self.epoch = 0
-        self.active = self.ran = self.checked = False
+        self.active = self.ran = self.checked = self.bypassed = False
         self.hidden: torch.Tensor | None = None
         self.view: AttentionView | None = None
         self.autocast: torch.dtype | None = None
@@ -94,7 +95,9 @@ class Session(Listener):
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         # with labels of its own the model computes its own loss, which needs all logits
-        self.active = (torch.is_grad_enabled() or self.always) and kwargs.get("labels") is None
+        own = kwargs.get("labels") is not None
+        self.bypassed = self.bypassed or (own and torch.is_grad_enabled())
+        self.active = (torch.is_grad_enabled() or self.always) and not own
         self._forget()
 
     def _head(self, module: nn.Module, args: tuple) -> tuple | None:

@@ -100,7 +100,8 @@ def evolve(
     """Self-evolving cleaning: every part of the data is cleaned by the model that the parts before it have made.
 
     The first part is trained on whole. For each later one the reference is the model as it stands, the base is the
-    model of the beginning, and the model is trained on.
+    model of the beginning, and the model is trained on. Nothing is written down in between: what is interrupted begins
+    anew, from the weights of the beginning.
 
     Args:
         model: Trained in place.
