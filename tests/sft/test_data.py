@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 import keeprate as kr
 from keeprate.sft import Collator, Labels
 from keeprate.sft.head import LogitsHead
+from keeprate.sft.scores import rows_of
 from keeprate.sft.tokens import Tokens, targets
 
 ROWS = [
@@ -123,6 +124,24 @@ def test_a_column_that_begins_with_nothing_is_not_passed_over():
         Collator(pad=0)([{**ROWS[0], "weights": [None, 1.0, 0.5, 2.0]}])
     with pytest.raises(ValueError, match="at least one token"):
         Collator(pad=0)([{"input_ids": [], "weights": []}])
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"attention_mask": [0, 1, 1, 1]}, "row 0: attention_mask holds 0; rows must come without padding"),
+        ({"completion_mask": [0, 0, 1, 1]}, "row 0: completion_mask without labels"),
+        ({"assistant_masks": [0, 0, 1, 1]}, "row 0: assistant_masks without labels"),
+    ],
+)
+def test_what_other_collators_read_is_not_passed_over(row, told):
+    bare = {"input_ids": [5, 6, 7, 8]}
+    with pytest.raises(ValueError, match=told):
+        Collator(pad=0)([bare | row])
+    with pytest.raises(ValueError, match=told):
+        Collator(pad=0)(rows_of([bare | row]))
+    ones = {name: [1] * 4 for name in row}
+    assert Collator(pad=0)([bare | {"labels": [-100, 6, 7, 8]} | ones])["labels"].tolist() == [[-100, 6, 7, 8]]
 
 
 def test_bad_arguments_are_refused():

@@ -15,6 +15,7 @@ import torch
 from keeprate.check import unknown, whole
 
 IGNORE = -100  # transformers' label of a position that is no target
+MASKS = ("completion_mask", "assistant_masks")  # of which TRL's collator makes labels
 OWN = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.detach, torch.Tensor.clone}
 _MOVES |= {torch.Tensor.pin_memory, torch.Tensor.contiguous}
@@ -77,7 +78,8 @@ class Collator:
     """Make batches of rows of different lengths, with every per-token column beside the labels.
 
     A row holds `input_ids`, optionally `labels` (else every token is a target; -100 marks those that are none) and any
-    number of per-token columns of the same length. The first token of a sequence is never a target.
+    number of per-token columns of the same length. The first token of a sequence is never a target. Rows come without
+    padding; an `attention_mask` of ones is passed over.
 
     With the Trainer, set `remove_unused_columns=False` in its arguments, or the columns are gone before they get here.
 
@@ -165,6 +167,12 @@ class Collator:
                 f"row {i}: input_ids and labels must be equally long lists of at least one token; "
                 f"got {tuple(ids.shape)} and {tuple(labels.shape)}"
             )
+        mask = row.get("attention_mask")
+        if mask is not None and not _numbers(i, "attention_mask", mask).all():
+            raise ValueError(f"row {i}: attention_mask holds 0; rows must come without padding, which is made here")
+        told = next((name for name in MASKS if row.get(name) is not None), None)
+        if told is not None and row.get("labels") is None:
+            raise ValueError(f"row {i}: {told} without labels, and it is not read; make labels of it, {IGNORE} where 0")
         for name, x in (("input_ids", ids), ("labels", labels)):
             if x.is_floating_point():
                 raise ValueError(f"row {i}: {name} must hold integers; got {x.dtype}")

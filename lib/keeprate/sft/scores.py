@@ -250,7 +250,7 @@ def with_column(data: Any, name: str, values: Sequence[Sequence[float]]) -> Any:
 def rows_of(data: Any) -> list[dict[str, Any]]:
     """A data set as a list of rows with their per-token columns."""
     first = data[0]
-    keep = ("input_ids", "labels", *per_token(first))
+    keep = ("input_ids", "labels", "attention_mask", *per_token(first))
     return [{name: row[name] for name in keep if name in row} for row in data]
 
 
