@@ -123,11 +123,13 @@ class AttentionDebiasing(Wrapper):
 
     def _padded(self, t: Inside) -> torch.Tensor:
         """[b, v] tokens that show more padding than `padding`; where patches make a token, the mean of theirs."""
-        pixels, encoder = t.session.pixels, t.session.encoder
-        if pixels is None:
-            raise ValueError("padding reads the pictures, but they were encoded outside the `with` block")
-        share = F.avg_pool2d(bars(pixels).float()[:, None], t.parts.tower.config.patch_size)
-        return t.session.of_tokens(encoder.tokens(share.flatten(2).transpose(1, 2))[:, 0], t.ids) > self.padding
+        share = t.common.get("padding")  # looked for once a prompt
+        if share is None:
+            if t.session.pixels is None:
+                raise ValueError("padding reads the pictures, but they were encoded outside the `with` block")
+            share = F.avg_pool2d(bars(t.session.pixels).float()[:, None], t.parts.tower.config.patch_size)
+            share = t.common["padding"] = t.session.encoder.tokens(share.flatten(2).transpose(1, 2))[:, 0]
+        return t.session.of_tokens(share, t.ids) > self.padding
 
 
 def bars(pixels: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
