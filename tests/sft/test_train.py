@@ -332,6 +332,13 @@ def test_a_loader_that_would_lose_the_columns_is_refused(llama, data, tmp_path):
 
 def test_a_watch_alone_is_no_training_with_the_method(llama, data, tmp_path):
     done = trainer(llama, data, kr.sft.Rho1(), tmp_path, steps=1)
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]]))  # a loss of one's own beside it
+
+    done.add_callback(Look())
+    done.train()
     done.compute_loss_func = None
     with pytest.raises(ValueError, match=r"the model computed its own loss.*compute_loss_func"):
         done.train()

@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
         self.counting = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trace is not None and self.trace.bypassed:
+        if self.trace is not None and self.trace.bypassed and not self.trace.asked:
             raise ValueError(
                 f"the model computed its own loss, not that of {self.method!r}: give the Trainer "
                 "compute_loss_func=method as well"

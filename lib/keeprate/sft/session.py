@@ -50,6 +50,7 @@ class Session(Listener):
     Attributes:
         epoch: Number of the pass over the data, from 0; `RandomMask` draws anew for each.
         bypassed: Whether the model was given labels, and so computed its own loss, where a gradient was wanted.
+        asked: Whether the method's loss was ever asked for.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Session(Listener):
         self.named = bool(groups)
         self.linear = None if logits else _plain_head(model)
         self.epoch = 0
-        self.active = self.ran = self.checked = self.bypassed = False
+        self.active = self.ran = self.checked = self.bypassed = self.asked = False
         self.hidden: torch.Tensor | None = None
         self.view: AttentionView | None = None
         self.autocast: torch.dtype | None = None
@@ -154,6 +155,7 @@ class Session(Listener):
         items: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """The method's loss of the batch that the model has just seen."""
+        self.asked = True
         return self.method.reduce(self.tokens(outputs, labels, columns), items, self)
 
     def _linear(self, hidden: torch.Tensor) -> LinearHead:
