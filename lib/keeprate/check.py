@@ -13,7 +13,7 @@ def fraction(name: str, value: Any) -> float:
         ValueError: Otherwise.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1]; got {value!r}")
+        raise ValueError(f"{name} must lie in (0, 1]; got {_told(value)}")
     return float(value)
 
 
@@ -49,6 +49,12 @@ def choice(name: str, value: Any, allowed: tuple) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     return value
+
+
+def _told(value: Any) -> str:
+    """`repr`, shortened: that of a model, given where a number belongs, fills the screen."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]} ... ({type(value).__name__})"
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> str:

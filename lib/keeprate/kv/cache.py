@@ -221,6 +221,8 @@ class KVLayer(CacheLayerMixin):
                 "this cache was shortened inside a method's `with` block and needs one to be read: "
                 "call the model inside the block, or start from a new cache"
             )
+        # under autocast, rotary embeddings leave keys in fp32 beside values in 16 bits
+        value_states = value_states.to(key_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.probing:
@@ -533,7 +535,7 @@ def _some(part: Part, index: torch.Tensor) -> Part:
     return replace(part, **{name: x.index_select(0, index) for name, x in held.items() if x is not None})
 
 
-def take_over(cache: Any, depth: int, treated: tuple[int, ...], kind: type = KVLayer) -> list[Any]:
+def take_over(cache: Any, depth: int, treated: tuple[int, ...], kind: type = KVLayer, owner: Any = None) -> list[Any]:
     """Put our layers into a cache, in place, so that whoever made it goes on with it.
 
     Args:
@@ -541,12 +543,14 @@ def take_over(cache: Any, depth: int, treated: tuple[int, ...], kind: type = KVL
         depth: Number of the model's layers.
         treated: Those whose cache shall be ours.
         kind: Class of our layers.
+        owner: The session that will shorten them.
 
     Returns:
         Our layers, in the order of `treated`; tokens that were cached before are in them.
 
     Raises:
-        ValueError: On a cache of another kind, an offloaded one, one made for another model, or a sliding window.
+        ValueError: On a cache of another kind, an offloaded one, one made for another model, or a sliding window; on
+            one that another session is at work on.
     """
     if type(cache) is not DynamicCache:
         raise ValueError(
@@ -569,5 +573,10 @@ def take_over(cache: Any, depth: int, treated: tuple[int, ...], kind: type = KVL
             if layer.get_seq_length():
                 taken.update(layer.keys, layer.values)
             cache.layers[i] = layer = taken
+        if owner is not None and layer.owner not in (None, owner) and layer.owner.running:
+            raise ValueError(
+                "another method is at work on this cache: methods for the KV cache and for visual tokens cannot act on "
+                "one model at once; leave the outer `with` block first"
+            )
         ours.append(layer)
     return ours

@@ -189,7 +189,7 @@ class KVSession(Listener):
 
     def _take_over(self, cache: Any) -> None:
         """Put our layers into the cache and make them this session's."""
-        for layer in take_over(cache, len(self.body.attention), self.body.treated):
+        for layer in take_over(cache, len(self.body.attention), self.body.treated, owner=self):
             if layer.seen and "start" not in layer.extra:
                 zero = torch.zeros(layer.batch, dtype=torch.long, device=layer.device)
                 layer.extra = {"start": zero, "aligned": True, "lengths": zero + layer.seen}

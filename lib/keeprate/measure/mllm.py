@@ -407,6 +407,8 @@ class _Clock:
 
 
 def _check_methods(methods: Methods) -> None:
+    if not isinstance(methods, Mapping):
+        raise ValueError(f"methods must be a mapping, name to method or None; got {type(methods).__name__}")
     for name, method in methods.items():
         if method is not None and not isinstance(method, MLLMMethod):
             raise ValueError(f"method {name!r} must be a visual-token method or None for every token; got {method!r}")

@@ -489,8 +489,8 @@ class BeforeMethod(MLLMMethod):
 
     def count(self, t: Visual, scores: torch.Tensor | None = None) -> torch.Tensor:
         """[i] tokens that every image keeps."""
-        budget = self.budget
-        return budget.counts(t.hide(scores)) if budget.ragged else budget.each(t.total)
+        budget, known = self.budget, scores is not None
+        return budget.counts(t.hide(scores)) if budget.ragged and known else budget.each(t.total)
 
     def keeps_all(self, t: Visual) -> bool:
         """Whether the budget leaves nothing to decide."""
@@ -514,8 +514,8 @@ class InsideMethod(MLLMMethod):
 
     def count(self, t: Inside, scores: torch.Tensor | None = None) -> torch.Tensor:
         """[b] tokens that every sample has left after this reduction: a share of those it came with."""
-        budget = self.budget
-        return budget.counts(t.hide(scores)) if budget.ragged else budget.each(t.total, t.stage)
+        budget, known = self.budget, scores is not None
+        return budget.counts(t.hide(scores)) if budget.ragged and known else budget.each(t.total, t.stage)
 
     def keeps_all(self, t: Inside) -> bool:
         """Whether the budget leaves nothing to decide."""

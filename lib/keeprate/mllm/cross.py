@@ -12,7 +12,7 @@ from keeprate import select
 from keeprate.anatomy import Multimodal
 from keeprate.attention import AttentionView, Listener, listen
 from keeprate.kv.cache import take_over
-from keeprate.mllm.session import MLLMTrace, Stopwatch, alone
+from keeprate.mllm.session import MLLMTrace, Stopwatch, alone, no_checkpointing
 from keeprate.mllm.trimmedllama import TrimmedLlama
 from keeprate.reduce import gather_tokens
 from keeprate.trace import Step
@@ -82,6 +82,7 @@ class CrossSession(Listener):
         self.columns = self.valid = self.hidden = self.rows = None
 
     def _before(self, body: nn.Module, args: tuple, kwargs: dict) -> None:
+        no_checkpointing(self.parts.layers)
         states, cache = kwargs.get("cross_attention_states"), kwargs.get("past_key_values")
         given = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if given is None or given.shape[0] == 0 or given.shape[1] == 0:

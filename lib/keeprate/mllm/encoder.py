@@ -76,6 +76,8 @@ class Encoder(Listener):
     def _encode(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         self.clear()
         self._given = inspect.signature(encode).bind(*args, **kwargs).arguments
+        if any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in self._given.values()):
+            raise ValueError("the batch is empty: pixel_values must hold at least one image")
         self._check_selection()
         self._encoding = True
         try:

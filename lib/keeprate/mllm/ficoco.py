@@ -105,7 +105,8 @@ class FiCoCo(InsideMethod):
         text = text if t.text_valid is None else text * t.text_valid[..., None]
         correlation = self.phi * t.common.pop("among") + (1 - self.phi) * text.transpose(1, 2) @ text
         size = t.carry("size")  # of what has been merged into a token
-        joins = compress(correlation, keep, t.count, t.visual(size) + 1, self.epsilon, t.valid)
+        # who joins whom is a decision: no gradient goes through attention rows that serve nothing else
+        joins = compress(correlation.detach(), keep, t.count, t.visual(size) + 1, self.epsilon, t.valid)
         size.scatter_(1, t.slot.gather(1, joins.rep), joins.sizes() - 1)
         return joins
 

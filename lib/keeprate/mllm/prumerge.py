@@ -114,4 +114,4 @@ def neighbour_weights(
     near = near.scatter(2, rep[..., None], float("-inf"))
     value, index = near.topk(min(neighbours, near.shape[2]), -1)
     picked = weight[:, None].expand_as(near).gather(2, index).masked_fill(value.isneginf(), 0.0)
-    return torch.zeros_like(near).scatter(2, index, picked)
+    return torch.zeros_like(near, dtype=picked.dtype).scatter(2, index, picked)

@@ -68,7 +68,13 @@ class Batch:
         return len(self.rows)
 
     def to(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """The inputs on a model's device, pixels in its precision."""
+        """The inputs on a model's device, pixels in its precision.
+
+        Raises:
+            ValueError: something else than a model, such as a device.
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"to takes the model that the inputs are for; got {model!r}")
         weight = next(model.parameters())
         return {
             name: x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
@@ -178,10 +184,12 @@ class VQA:
             batch_size: questions a batch; the last one may be smaller.
 
         Raises:
-            ValueError: ``batch_size`` below 1, or a processor without image processor or tokenizer.
+            ValueError: ``batch_size`` below 1, nothing with a processor, or one without image processor or tokenizer.
         """
         check.whole("batch_size", batch_size)
-        processor = loaded.processor
+        processor = getattr(loaded, "processor", None)
+        if processor is None:
+            raise ValueError(f"batches takes what kr.load returns, which has a processor; got {type(loaded).__name__}")
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError(f"questions about images need a processor for both; got {type(processor).__name__}")
         for start in range(0, len(self), batch_size):
