@@ -165,11 +165,11 @@ def test_each_never_asks_for_more_than_there_is(lengths, tokens):
 
 
 def test_each_does_not_lose_a_token_to_rounding():
-    lengths = torch.arange(10, 2001, 10)
-    for tenth in range(1, 11):
-        budget = Budget(keep=tenth / 10)
-        assert torch.equal(budget.each(lengths), lengths * tenth // 10)
-        assert [budget.of_length(n) for n in lengths.tolist()] == (lengths * tenth // 10).tolist()
+    lengths = torch.arange(1, 1025)
+    for hundredth in range(1, 101):
+        budget, want = Budget(keep=hundredth / 100), (lengths * hundredth // 100).clamp_min(1)
+        assert torch.equal(budget.each(lengths), want), hundredth
+        assert [budget.of_length(n) for n in (1, 100, 900)] == want[[0, 99, 899]].tolist()
 
 
 def test_each_reads_a_schedule_by_stage():

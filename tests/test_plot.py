@@ -98,6 +98,13 @@ def test_bars_are_sorted_with_intervals(table):
     assert segments[0][1][0] - segments[0][0][0] == pytest.approx(0.03)
 
 
+def test_numbers_of_bars_stand_outside_and_no_interval_is_drawn_without_width():
+    df = pd.DataFrame({"method": ["a", "b"], "gain": [-0.3, 0.2], "low": [-0.4, 0.2], "high": [-0.1, 0.2]})
+    ax = plot.bars(df, "gain", low="low", high="high")
+    assert [(text.xy[0], text.get_ha()) for text in ax.texts] == [(-0.4, "right"), (0.2, "left")]
+    assert len(ax.collections[0].get_segments()) == 1
+
+
 def test_matrix():
     df = pd.DataFrame([[1, 0.25], [0.25, 1]], index=["a", "b"], columns=["a", "b"])
     assert [t.get_text() for t in plot.matrix(df).texts] == ["1.00", "0.25", "0.25", "1.00"]

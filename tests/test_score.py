@@ -105,6 +105,13 @@ def test_similarity_is_the_cosine(seed, b, n, c):
     torch.testing.assert_close(score.similarity(x), score.similarity(x, x))
 
 
+def test_similarity_is_fp32_under_autocast():
+    x = rand(0, 2, 9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score.similarity(x)
+    assert torch.equal(found, score.similarity(x))
+
+
 def test_similarity_of_a_zero_vector_is_zero_not_nan():
     assert score.similarity(torch.zeros(1, 2, 3)).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
 

@@ -520,9 +520,10 @@ def farthest_point(
     options = {
         "objective": objective, "metric": metric, "start": start, "valid": valid, "weight": weight, "tau": tau
     }  # fmt: skip
-    if use_triton(x, valid, weight):
-        return _launch(x, k, options)
-    return farthest_point_reference(x, k, **options)
+    with torch.autocast(x.device.type, enabled=False):  # in bf16 other tokens are the farthest
+        if use_triton(x, valid, weight):
+            return _launch(x, k, options)
+        return farthest_point_reference(x, k, **options)
 
 
 def compile_specs() -> list[CompileSpec]:

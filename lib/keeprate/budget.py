@@ -96,7 +96,10 @@ class Budget:
         Unlike `count`, a keep rate does not compound: it is a share of the length at every stage.
         """
         entry = self._entry(stage)
-        counts = (lengths * entry + 1e-6).long() if isinstance(entry, float) else torch.full_like(lengths, entry)
+        if isinstance(entry, float):
+            counts = (lengths.double() * entry + 1e-6).long()  # in fp32 the 1e-6 would vanish, and 0.53 of 100 be 52
+        else:
+            counts = torch.full_like(lengths, entry)
         return torch.minimum(counts.clamp_min(1), lengths)
 
     def of_length(self, length: int, stage: int = 1) -> int:

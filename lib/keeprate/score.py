@@ -103,10 +103,11 @@ def rms_of_heads(scores: torch.Tensor, low: float = 0.0, high: float = float("in
 
 
 def similarity(metric: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-    """Cosine similarity: metric [b, n, c] against other [b, m, c] (itself when None) -> [b, n, m]."""
+    """Cosine similarity: metric [b, n, c] against other [b, m, c] (itself when None) -> [b, n, m] in fp32."""
     a = F.normalize(metric.float(), dim=-1)
     b = a if other is None else F.normalize(other.float(), dim=-1)
-    return a @ b.transpose(-1, -2)
+    with torch.autocast(metric.device.type, enabled=False):  # which would round to two or three digits
+        return a @ b.transpose(-1, -2)
 
 
 def energy(metric: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:

@@ -291,3 +291,12 @@ def test_inputs_are_left_alone():
 def test_what_does_not_fit_is_named(shape, options, message):
     with pytest.raises(ValueError, match=message):
         farthest_point(torch.zeros(shape), **{"k": 2} | options)
+
+
+@pytest.mark.parametrize("objective", ["max_min", "max_sum"])
+def test_autocast_changes_no_choice(objective):
+    x = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(0))
+    want = farthest_point(x, 20, objective=objective)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = farthest_point(x, 20, objective=objective)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])

@@ -132,10 +132,13 @@ def bars(
     tips = df[value]
     if low and high:
         error = np.stack([df[value] - df[low], df[high] - df[value]]).clip(0)
-        ax.errorbar(df[value], np.arange(len(df)), xerr=error, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        tips = df[high]
+        known = error.sum(0) > 0  # an interval without width is none: a cap would look very sure
+        place, error = np.arange(len(df))[known], error[:, known]
+        ax.errorbar(df[value][known], place, xerr=error, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        tips = df[low].where(df[value] < 0, df[high])
     for i, (tip, number) in enumerate(zip(tips, df[value], strict=True)):
-        ax.annotate(f"{number:.3g}", (tip, i), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+        outward = {"xytext": (-3, 0), "ha": "right"} if number < 0 else {"xytext": (3, 0)}
+        ax.annotate(f"{number:.3g}", (tip, i), textcoords="offset points", va="center", fontsize=7, **outward)
     if reference is not None:
         ax.axvline(reference, color="black", linestyle="--", linewidth=1)
     ax.grid(False, axis="y")
