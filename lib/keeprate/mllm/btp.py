@@ -14,7 +14,7 @@ from keeprate.reduce import Reduction
 from keeprate_kernels import farthest_point
 
 
-@register(kind="pruning", needs=("attention rows", "features"), reconstructed=True)
+@register(kind="pruning", needs=("attention rows", "features"))
 @dataclass(frozen=True)
 class BTP(StagedMethod):
     """Three cuts that shift from diversity to attention, then no visual token at all in the last layers.

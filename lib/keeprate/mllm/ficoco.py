@@ -40,7 +40,7 @@ class Spread(Reduction):
         return y.view(base.shape).to(x.dtype)
 
 
-@register(kind="merging", needs=("attention matrix",), reconstructed=True)
+@register(kind="merging", needs=("attention matrix",))
 @dataclass(frozen=True)
 class FiCoCo(InsideMethod):
     """FiCoCo-L: filter, correlate and compress between attention and MLP of every layer from one on.
