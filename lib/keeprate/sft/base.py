@@ -240,11 +240,19 @@ def logits_head(logits: torch.Tensor, labels: torch.Tensor) -> LogitsHead:
         ValueError: If the shapes differ, or a label lies outside the vocabulary.
     """
     if logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must share batch and length")
-    row, place = targets(labels)
-    found = labels[row, place]
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < logits.shape[-1]:
+        other = logits.shape[:2] == (len(labels), 1)
         raise ValueError(
-            f"labels must lie in [0, {logits.shape[-1]}) or be -100; got {int(found.min())} to {int(found.max())}"
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must share batch and length"
+            + ". Is another method's `with` block, or its Watch, open on this model?" * other
         )
+    row, place = targets(labels)
+    check_labels(labels[row, place], logits.shape[-1])
     return LogitsHead(logits[row, place - 1])
+
+
+def check_labels(labels: torch.Tensor, vocabulary: int) -> None:
+    """Raise a ValueError if a target [t] lies outside the vocabulary."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or be -100; got {int(labels.min())} to {int(labels.max())}"
+        )

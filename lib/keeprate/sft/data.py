@@ -137,7 +137,7 @@ class Collator:
         """
         if not rows:
             raise ValueError("a batch needs at least one row; got none")
-        names = per_token(rows[0]) if self.columns is None else self.columns
+        names = columns_of(rows) if self.columns is None else self.columns
         sequences = [self._sequence(i, row, names) for i, row in enumerate(rows)]
         bins = self._bins([len(s["input_ids"]) for s in sequences])
         longest = max(sum(len(sequences[i]["input_ids"]) for i in bin_) for bin_ in bins)
@@ -160,6 +160,7 @@ class Collator:
         return batch | {"labels": Labels.of(joined.pop("labels"), joined)}
 
     def _sequence(self, i: int, row: Mapping[str, Any], names: Iterable[str]) -> dict[str, torch.Tensor]:
+        check_row(row, i)
         ids = _numbers(i, "input_ids", row["input_ids"])
         labels = _numbers(i, "labels", row["labels"]).clone() if row.get("labels") is not None else ids.clone()
         if ids.dim() != 1 or not len(ids) or labels.shape != ids.shape:
@@ -220,8 +221,24 @@ class Collator:
         return bins
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of the columns that rows carry: those per token of the first, and weights wherever a row has them."""
+    names = per_token(rows[0])
+    # a method that needs another column says so; weights of a wrong length would be passed over without a word
+    weighted = any(row.get("weights") is not None for row in rows)
+    return (*names, "weights") if weighted and "weights" not in names else names
+
+
+def check_row(row: Any, i: int = 0) -> None:
+    """Raise a ValueError if a row holds no tokens."""
+    if not isinstance(row, Mapping) or row.get("input_ids") is None:
+        given = f"the columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else repr(row)
+        raise ValueError(f"row {i}: rows must hold input_ids, the numbers of their tokens; got {given}")
+
+
 def per_token(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of a row's columns that have a number for every token."""
+    check_row(row)
     length = len(row["input_ids"])
 
     def fits(value: Any) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from keeprate.check import whole
+from keeprate.method import Method
 from keeprate.sft.baselines import SFT
-from keeprate.sft.data import IGNORE, Collator, Labels, per_token
+from keeprate.sft.data import IGNORE, OWN, Collator, Labels, check_row, columns_of
 from keeprate.sft.session import Session
 from keeprate.sft.tokens import Tokens
 
@@ -54,6 +55,8 @@ class Scores:
         Raises:
             ValueError: If the scores were made with another tokenizer, or of another data set.
         """
+        if name in OWN:
+            raise ValueError(f"a column of scores cannot be called {name!r}, which the model reads")
         found = "" if tokenizer is None else fingerprint(tokenizer)
         if found and self.tokenizer and found != self.tokenizer:
             raise ValueError(
@@ -184,6 +187,11 @@ def weigh(method: Any, model: nn.Module, batch: Mapping[str, Any]) -> Weighed:
     Example:
         >>> seen = weigh(kr.sft.DFT(), llm.model, kr.sft.Collator(llm.processor)(rows))   # doctest: +SKIP
     """
+    if not isinstance(method, Method) or not isinstance(batch, Mapping):
+        given = f"{type(method).__name__} and {type(batch).__name__}"
+        raise ValueError(
+            f"weigh takes a method, such as kr.sft.DFT(), and a batch, as a Collator makes it; got {given}"
+        )
     with Probe(method, model) as probe, torch.no_grad():
         t = probe(batch, next(model.parameters()).device)
         own, factor = method.weights(t)
@@ -249,14 +257,23 @@ def with_column(data: Any, name: str, values: Sequence[Sequence[float]]) -> Any:
 
 def rows_of(data: Any) -> list[dict[str, Any]]:
     """A data set as a list of rows with their per-token columns."""
-    first = data[0]
-    keep = ("input_ids", "labels", "attention_mask", *per_token(first))
-    return [{name: row[name] for name in keep if name in row} for row in data]
+    rows = list(_one_split(data))
+    keep = ("input_ids", "labels", "attention_mask", *columns_of(rows))
+    return [{name: row[name] for name in keep if name in row} for row in rows]
+
+
+def _one_split(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"a data set must be a sequence of rows; got {type(data).__name__} of {', '.join(map(str, data))}: give one"
+        )
+    return data
 
 
 def _tokens_of(data: Any) -> Iterable[dict[str, Any]]:
     """Tokens and targets of every row, without the other columns."""
     if hasattr(data, "select_columns"):
         data = data.select_columns([name for name in ("input_ids", "labels") if name in data.column_names])
-    for row in data:
+    for i, row in enumerate(_one_split(data)):
+        check_row(row, i)
         yield {name: row[name] for name in ("input_ids", "labels") if row.get(name) is not None}

@@ -129,7 +129,7 @@ class Session(Listener):
 
     def tokens(self, outputs: Any, labels: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> Tokens:
         """The predicted tokens of the batch that the model has just seen."""
-        from keeprate.sft.base import logits_head, logits_of
+        from keeprate.sft.base import check_labels, logits_head, logits_of
 
         logits, hidden, view = logits_of(outputs), self.hidden, self.view
         self._forget()
@@ -142,6 +142,7 @@ class Session(Listener):
                     f"labels must be {tuple(hidden.shape[:2])}, as the model's input; got {tuple(labels.shape)}"
                 )
             row, place = targets(labels)
+            check_labels(labels[row, place], len(self.linear.weight))
             self._check(hidden[:, 0], logits[:, 0])
             head = self._linear(hidden[row, place - 1]).held()
         method = self.method

@@ -82,8 +82,11 @@ class Tokens:
             ValueError: If there is no such column, or it holds NaN.
         """
         if name not in self.columns:
-            told = unknown("column", name, self.columns)
-            raise ValueError(f"{told}. Columns come from the data set through kr.sft.Collator, or as arguments")
+            told = unknown("column", name, set(self.columns) - {"salt", "sequence"})  # those are the collator's own
+            raise ValueError(
+                f"{told}. Columns come from the data set through kr.sft.Collator (with the Trainer set "
+                "TrainingArguments(remove_unused_columns=False)), or as arguments"
+            )
         x = self.columns[name][self.row, self.place]
         x = x.to(self.nll.dtype) if x.is_floating_point() else x
         if x.isnan().any():

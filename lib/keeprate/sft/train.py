@@ -68,6 +68,9 @@ def train(
     number("lr", lr, 0)
     number("warmup", warmup, 0, 1)
     number("clip", clip, 0)
+    if not isinstance(model, nn.Module) or not isinstance(method, SFTMethod):
+        given = f"{type(model).__name__} and {method if isinstance(method, type) else type(method).__name__}"
+        raise ValueError(f"train takes a model and a method of kr.sft, such as kr.sft.DFT(); got {given}")
     if not len(data):
         raise ValueError("a data set needs at least one row; got none")
     rows, mode = rows_of(data), model.training
