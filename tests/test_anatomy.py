@@ -1,5 +1,7 @@
 """The table of architectures: every promise about where a model keeps its parts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -194,3 +196,10 @@ def test_what_is_no_language_model_is_named_with_all_that_are():
     two = torch.nn.ModuleList([LlamaForCausalLM(LlamaConfig(**TEXT)) for _ in range(2)])
     with pytest.raises(ValueError, match="found LlamaModel, LlamaModel"):
         decoder(two)
+
+
+@pytest.mark.parametrize("method", [kr.vit.TopK(keep=0.5), kr.mllm.FastV(), kr.kv.SnapKV(keep=0.5)], ids=repr)
+def test_what_holds_the_model_is_told_from_it(method):
+    holder = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"SimpleNamespace.*pass its \.model"), method(holder):
+        pytest.fail("no model was accepted")

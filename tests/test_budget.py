@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,3 +188,11 @@ def test_each_cannot_know_what_depends_on_scores(budget):
     for ask in (lambda: budget.each(torch.tensor([9])), lambda: budget.of_length(9)):
         with pytest.raises(ValueError, match="before scores are known"):
             ask()
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Budget.of(np.int64(9)) == Budget(tokens=9) and type(Budget.of(np.int64(9)).tokens) is int
+    assert Budget.of(np.float32(0.5)) == Budget(keep=0.5)
+    assert Budget.of((np.int32(7), np.float64(0.25))) == Budget(schedule=(7, 0.25))
+    with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\]; got -3"):
+        Budget.of(np.int64(-3))

@@ -7,6 +7,7 @@ same modules in the same order as transformers does, and a test proves the resul
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,6 +132,12 @@ class Anatomy:
         return getattr(layer, self.block.attention)
 
 
+def _inside(given: Any) -> str:
+    """A hint where the model is an attribute of what was given."""
+    found = not isinstance(given, nn.Module) and isinstance(getattr(given, "model", None), nn.Module)
+    return "; pass its .model" if found else ""
+
+
 def supported() -> list[str]:
     """Names of the supported vision architectures."""
     return [a.name for a in ARCHITECTURES]
@@ -151,7 +158,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         (14, 14)
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a transformers model; got {type(model).__name__}")
+        raise ValueError(f"expected a transformers model; got {type(model).__name__}{_inside(model)}")
     towers = [(row, m) for row in ARCHITECTURES for m in model.modules() if type(m).__name__ == row.tower]
     if len(towers) != 1:
         found = "no supported vision encoder" if not towers else f"{len(towers)} vision encoders: pass one of them"
@@ -236,12 +243,12 @@ def decoder(model: nn.Module) -> Decoder:
     Example:
         >>> decoder(kr.load("llama-docs").model).kv_heads   # doctest: +SKIP
     """
-    bodies = [module for module in model.modules() if type(module).__name__ in DECODERS]
+    bodies = [m for m in model.modules() if type(m).__name__ in DECODERS] if isinstance(model, nn.Module) else []
     if len(bodies) != 1:
         found = ", ".join(type(b).__name__ for b in bodies) or "none"
         raise ValueError(
             f"{type(model).__name__} must hold exactly one decoder of a supported class ({', '.join(DECODERS)}); "
-            f"found {found}"
+            f"found {found}{_inside(model)}"
         )
     body = bodies[0]
     config = body.config
@@ -369,7 +376,7 @@ def multimodal(model: nn.Module) -> Multimodal:
         names = ", ".join(type(m).__name__ for m in found) or "none"
         raise ValueError(
             f"{type(model).__name__} must hold exactly one multimodal model of a supported class "
-            f"({', '.join(MULTIMODAL)}); found {names}"
+            f"({', '.join(MULTIMODAL)}); found {names}{_inside(model)}"
         )
     inner = found[0]
     row = MULTIMODAL[type(inner).__name__]

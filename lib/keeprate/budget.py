@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from keeprate.check import fraction, number, whole
+from keeprate.check import fraction, number, plain, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,10 +62,11 @@ class Budget:
     @classmethod
     def of(cls, value: "Budget | float | int | tuple") -> "Budget":
         """A float is a keep rate, an int a number of tokens, a tuple a schedule, a Budget itself."""
+        value = plain(value)
         if isinstance(value, Budget):
             return value
         if isinstance(value, tuple | list):
-            return cls(schedule=tuple(value))
+            return cls(schedule=tuple(map(plain, value)))
         if isinstance(value, int) and not isinstance(value, bool) and value != 1:
             return cls(tokens=value) if value > 0 else cls(keep=value)  # 0 or less: the keep rate's error says why
         return cls(keep=fraction("keep", value))

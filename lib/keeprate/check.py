@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def fraction(name: str, value: Any) -> float:
     """Return `value` as a float if it lies in (0, 1].
@@ -12,6 +14,7 @@ def fraction(name: str, value: Any) -> float:
     Raises:
         ValueError: Otherwise.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must lie in (0, 1]; got {_told(value)}")
     return float(value)
@@ -23,6 +26,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: Otherwise.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     return value
@@ -34,6 +38,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     Raises:
         ValueError: Otherwise.
     """
+    value = plain(value)
     real = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     if not real or not low <= value <= high:
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]; got {value!r}")
@@ -49,6 +54,11 @@ def choice(name: str, value: Any, allowed: tuple) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     return value
+
+
+def plain(value: Any) -> Any:
+    """Python's own number for one of numpy's, as loops over `np.arange` give them; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _told(value: Any) -> str:
