@@ -11,6 +11,7 @@ import transformers as tf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
 
 import keeprate as kr
 from keeprate import plot
@@ -103,6 +104,23 @@ def test_numbers_of_bars_stand_outside_and_no_interval_is_drawn_without_width():
     ax = plot.bars(df, "gain", low="low", high="high")
     assert [(text.xy[0], text.get_ha()) for text in ax.texts] == [(-0.4, "right"), (0.2, "left")]
     assert len(ax.collections[0].get_segments()) == 1
+
+
+def test_names_of_a_scatter_cover_each_other_nowhere():
+    rng = np.random.default_rng(0)
+    names = [f"Method{i}" for i in range(14)]
+    df = pd.DataFrame({"method": names, "ms": 10 + rng.random(14), "accuracy": rng.random(14) / 20})
+    df.loc[3, "ms"] = 30  # the rest crowd at the left
+    ax = plot.scatter(
+        pd.concat([df, pd.DataFrame({"method": ["none"], "ms": [np.nan], "accuracy": [0.5]})]), "ms", "accuracy"
+    )
+    assert [text.get_text() for text in sorted(ax.texts, key=lambda t: names.index(t.get_text()))] == names
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines to the dots
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert ax.get_xlabel() == "ms" and len(ax.collections[0].get_offsets()) == 14
+    with pytest.raises(ValueError, match="seconds"):
+        plot.scatter(df, "seconds", "accuracy")
 
 
 def test_matrix():

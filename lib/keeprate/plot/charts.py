@@ -1,4 +1,4 @@
-"""Curves, bars and matrices of numbers."""
+"""Curves, bars, named dots and matrices of numbers."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
 
 from keeprate.plot.look import BANDS, SIZE, axes, colour, dashes, marker
@@ -144,6 +146,55 @@ def bars(
     ax.grid(False, axis="y")
     ax.margins(x=0.1, y=0.02)
     ax.set(xlabel=xlabel or value, ylabel="", title=title)
+    return ax
+
+
+def scatter(
+    df: pd.DataFrame,
+    x: str,
+    y: str,
+    name: str = "method",
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """One dot with its name per method; a name moves up where it would cover another one.
+
+    Args:
+        df: One row per method; rows without a number are left out.
+        x, y, name: Its columns.
+        xlabel, ylabel: With units; the columns' names by default.
+        title: Of the figure.
+        ax: Where to draw, with its scale (such as a logarithmic one) set before; a new figure when None.
+
+    Raises:
+        ValueError: If a column is missing.
+
+    Example:
+        >>> scatter(pd.DataFrame({"method": ["A", "B"], "ms": [3, 5], "accuracy": [0.7, 0.9]}), "ms", "accuracy")
+    """
+    _require(df, x, y, name)
+    df = df.dropna(subset=[x, y])
+    ax = axes(ax, (7.0, 4.2))
+    ax.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
+    ax.scatter(df[x], df[y], color=[colour(str(each)) for each in df[name]], s=18, zorder=3)
+    ax.figure.canvas.draw()  # settles the layout, which decides what overlaps
+    point, right = ax.figure.dpi / 72, ax.transAxes.transform((1, 0))[0]
+    dots = ax.transData.transform(df[[x, y]].to_numpy(dtype=float))
+    taken = [Bbox.from_bounds(*(dot - 2 * point), 4 * point, 4 * point) for dot in dots]
+    line = {"arrowstyle": "-", "linewidth": 0.4, "color": "grey", "shrinkA": 0, "shrinkB": 2}
+    for i in dots[:, 1].argsort():
+        row, dot = df.iloc[i], dots[i]
+        look = {"textcoords": "offset points", "size": 6, "va": "bottom", "arrowprops": line}
+        text = ax.annotate(str(row[name]), (row[x], row[y]), xytext=(0, 0), **look)
+        size = Text.get_window_extent(text)  # of the letters, without the line
+        side = 3 * point if dot[0] + 3 * point + size.width < right else -3 * point - size.width
+        box = Bbox.from_bounds(dot[0] + side, dot[1] + point, size.width, size.height)
+        while any(box.overlaps(other) for other in taken):
+            box = box.translated(0, point)
+        taken.append(box.padded(0.5 * point))
+        text.xyann = ((box.x0 - dot[0]) / point, (box.y0 - dot[1]) / point)
     return ax
 
 
