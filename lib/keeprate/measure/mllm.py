@@ -5,7 +5,6 @@ attention layers saw and what came out, and shows that to each method in turn. `
 `tasks.vqa`, with one row per method and question; `summarise` turns rows into numbers with intervals.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +28,7 @@ from keeprate.measure.truth import auroc
 from keeprate.mllm.base import MLLMMethod, Wrapper
 from keeprate.mllm.baselines import OracleVisual
 from keeprate.mllm.encoder import around
-from keeprate.mllm.session import MLLMTrace
+from keeprate.mllm.session import MLLMTrace, Stopwatch
 from keeprate.models import Loaded
 from keeprate.tasks import words
 from keeprate.tasks.vqa import VQA, Batch
@@ -390,20 +389,15 @@ class _Clock:
         self.seconds: list[float] = []
 
     def __call__(self) -> None:
-        self.seconds.append(0.0)
-        with around(self.tower, "forward", self._look):
+        watch = Stopwatch()
+
+        def look(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+            with watch.running(self.device):
+                return forward(*args, **kwargs)
+
+        with around(self.tower, "forward", look):
             self.run()
-
-    def _look(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        begin = self._now()
-        output = forward(*args, **kwargs)
-        self.seconds[-1] += self._now() - begin
-        return output
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.seconds.append(watch.read())
 
 
 def _check_methods(methods: Methods) -> None:

@@ -1,7 +1,7 @@
 """Sliders for a notebook."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ def _still(figure: Figure) -> Figure:
     return figure
 
 
-def sliders(draw: Callable[..., Figure], **choices: Sequence[Any]) -> Any:
+def sliders(draw: Callable[..., Figure], **choices: Iterable[Any]) -> Any:
     """Controls for the arguments of a drawing; one static figure where nobody can move them.
 
     Args:
